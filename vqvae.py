@@ -1,0 +1,311 @@
+"""The observation model: a VQ-VAE with continuous Bernoulli outputs (Section 3.3, Figure 2).
+
+    x_t  four stacked grey frames, 96x96            p(z_t | x_t)   encoder + nearest code
+    z_t  6x6 matrix of code indices in [0, 128)     p(x_t | z_t)   decoder + continuous Bernoulli
+
+      x [B,4,96,96] --encoder--> z_e [B,32,6,6] --nearest of 128 codes--> codes [B,6,6]
+                                                                             | look up
+      logits [B,4,96,96] <------------decoder------------- z_q [B,32,6,6] <--+
+
+36 codes of 7 bits are 252 bits for 36,864 pixels. Everything after this file (dynamics, policy) sees
+only the codes, so what the codes forget is lost: look at the reconstruction before anything else.
+
+    python vqvae.py --game Pong        # learn real frames for two minutes, save pictures of them
+
+Dimension key:  B batch   C = 4 frames   H = W = 96 pixels   D = 32 code dimensions   K = 128 codes
+                N = B * 36 code positions
+"""
+import argparse
+import math
+import sys
+import time
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# ------------------------------------------------------------------------------------------------------
+# The continuous Bernoulli (Loaiza-Ganem and Cunningham, 2019), written in logits
+# ------------------------------------------------------------------------------------------------------
+# A pixel x in [0, 1] is no coin flip, so the Bernoulli likelihood does not integrate to one over it. The
+# continuous Bernoulli divides by what it integrates to. In terms of the logit l it is an exponential family:
+#
+#     p(x | l) = exp(x l) / A(l),     A(l) = integral_0^1 exp(x l) dx = (exp(l) - 1) / l
+#
+# from which everything follows:  -log p = log A(l) - x l   and   d(-log p)/dl = mean(l) - x.
+#
+#     logit l      -15.9    -2      0      2     15.9
+#     mean          0.063   0.343   0.5   0.657  0.937      the picture to show, and not
+#     sigmoid(l)    0.000   0.119   0.5   0.881  1.000      which is the usual mistake
+
+
+def _mean_minus_half(logits):
+    """1 / (1 - exp(-l)) - 1 / l - 1/2, an odd function, accurate to the last digits also where it is tiny."""
+    # Through 0 the terms cancel: there the series l/12 - l^3/720 + ..., for |l| < 1. Both branches are
+    # computed, so the one not taken gets an argument that keeps it finite.
+    small = logits.abs() < 1
+    l = torch.where(small, 1.0, logits)
+    exact = -1 / torch.expm1(-l) - 1 / l - 0.5
+    s = torch.where(small, logits, 0.0)
+    s2 = s * s
+    series = s * (1 / 12 - s2 * (1 / 720 - s2 * (1 / 30240 - s2 * (1 / 1209600 - s2 / 47900160))))
+    return torch.where(small, series, exact)
+
+
+def continuous_bernoulli_mean(logits):
+    """E[x] under the continuous Bernoulli: 1 / (1 - exp(-l)) - 1 / l, any shape, in (0, 1)."""
+    return 0.5 + _mean_minus_half(logits)
+
+
+class _ContinuousBernoulliNLL(torch.autograd.Function):
+    """The closed form with its closed-form gradient: several times faster than differentiating it."""
+
+    @staticmethod
+    def forward(ctx, logits, x):
+        ctx.save_for_backward(logits, x)
+        # log A(l) = l/2 + log(sinh(l/2) / (l/2)), an even function S(l) plus l/2, so
+        # -log p = S(l) + l (1/2 - x).
+        small = logits.abs() < 1
+        a = torch.where(small, 1.0, logits.abs())
+        # |l| >= 1: collect the terms linear in l first, they cancel for confident, correct logits.
+        exact = torch.where(logits > 0, logits * (1 - x), -logits * x) + torch.log(-torch.expm1(-a) / a)
+        # |l| < 1: S(l) = l^2/24 - l^4/2880 + l^6/181440 - l^8/9676800 + ...
+        s = torch.where(small, logits, 0.0)
+        s2 = s * s
+        series = s2 * (1 / 24 - s2 * (1 / 2880 - s2 * (1 / 181440 - s2 / 9676800))) + s * (0.5 - x)
+        return torch.where(small, series, exact)
+
+    @staticmethod
+    def backward(ctx, grad):
+        logits, x = ctx.saved_tensors
+        grad_x = -logits * grad if ctx.needs_input_grad[1] else None
+        return (_mean_minus_half(logits) + (0.5 - x)) * grad, grad_x    # mean - x
+
+
+def continuous_bernoulli_nll(logits, x):
+    """-log p(x | l) of the continuous Bernoulli, elementwise, in nats (negative values are densities > 1).
+
+    logits  any real, float; exact and stable through 0 and to +-60 and beyond
+    x       same shape, in [0, 1]
+    The gradient to the logits is mean(logits) - x. Source: Loaiza-Ganem and Cunningham (2019), Section 3;
+    the paper's Section 3.3.
+    """
+    return _ContinuousBernoulliNLL.apply(logits, x)
+
+
+# ------------------------------------------------------------------------------------------------------
+# Encoder and decoder (Figure 2; channel counts from Table 3)
+# ------------------------------------------------------------------------------------------------------
+
+
+class ResidualBlock(nn.Module):
+    """x + [3x3, (norm), ReLU, 1x1, (norm)](x), then ReLU. The decoder's blocks have no norm."""
+
+    def __init__(self, channels, norm):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(channels) if norm else nn.Identity()
+        self.conv2 = nn.Conv2d(channels, channels, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(channels) if norm else nn.Identity()
+
+    def forward(self, x):
+        h = F.relu(self.norm1(self.conv1(x)))
+        return F.relu(x + self.norm2(self.conv2(h)))
+
+
+def encoder_trunk(in_channels, code_dim, widths):
+    """[B,4,96,96] -> [B,32,6,6]: four strided convolutions, two residual blocks, one 1x1 convolution."""
+    layers, c_in = [], in_channels
+    for c in widths:                                        # 96 -> 48 -> 24 -> 12 -> 6
+        layers += [nn.Conv2d(c_in, c, 4, stride=2, padding=1, bias=False), nn.BatchNorm2d(c), nn.ReLU()]
+        c_in = c
+    layers += [ResidualBlock(c_in, norm=True), ResidualBlock(c_in, norm=True)]
+    layers += [nn.Conv2d(c_in, code_dim, 1, bias=False), nn.BatchNorm2d(code_dim)]
+    return nn.Sequential(*layers)
+
+
+def decoder_trunk(out_channels, code_dim, widths):
+    """[B,32,6,6] -> logits [B,4,96,96]: the encoder backwards, transposed convolutions, no norm."""
+    c = widths[-1]
+    layers = [nn.Conv2d(code_dim, c, 3, padding=1, bias=False), nn.ReLU()]
+    layers += [ResidualBlock(c, norm=False), ResidualBlock(c, norm=False)]
+    for c_out in [*reversed(widths[:-1]), out_channels]:    # 6 -> 12 -> 24 -> 48 -> 96
+        layers += [nn.ConvTranspose2d(c, c_out, 4, stride=2, padding=1), nn.ReLU()]
+        c = c_out
+    return nn.Sequential(*layers[:-1])                      # the last layer's outputs are logits
+
+
+# ------------------------------------------------------------------------------------------------------
+# The vector quantiser (van den Oord et al., 2017)
+# ------------------------------------------------------------------------------------------------------
+
+
+class Codebook(nn.Module):
+    """K vectors of D dimensions, moved by exponential moving averages instead of gradients.
+
+    Each code follows the mean of the encoder outputs assigned to it: with n_i of this batch's vectors
+    nearest to code i and their sum s_i (van den Oord et al., Appendix A.1),
+
+        N_i <- decay N_i + (1 - decay) n_i      m_i <- decay m_i + (1 - decay) s_i      e_i = m_i / N_i
+
+    Both averages start at zero and are divided by 1 - decay^t, as Adam does. (The authors' released code
+    corrects m alone, which multiplies the codes by 1 / (1 - decay) = 100 in the first updates.)
+    Table 3 counts the codes, both m's, N and t: 128*32 + 2*128*32 + 128 + 1 = 12,417.
+    """
+
+    def __init__(self, num_codes=128, code_dim=32, decay=0.99, eps=1e-5):
+        super().__init__()
+        self.decay, self.eps = decay, eps
+        # The encoder ends in a batch norm, so its outputs have mean 0 and variance 1: so do the first codes.
+        self.register_buffer("codes", torch.randn(num_codes, code_dim))          # e  [K, D]
+        self.register_buffer("sums", torch.zeros(num_codes, code_dim))           # m  [K, D]
+        self.register_buffer("sums_debiased", torch.zeros(num_codes, code_dim))  #    [K, D]
+        self.register_buffer("usage", torch.zeros(num_codes))                    # N  [K]
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))         # t
+
+    def nearest(self, z):
+        """Vectors [N, D] -> indices int64 [N] of the nearest code in Euclidean distance."""
+        # |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 is the same for every code.
+        return (self.codes.square().sum(1) - 2 * z @ self.codes.T).argmin(1)
+
+    def update(self, z, assigned):
+        """One EMA step. z [N, D] encoder outputs, assigned [N, K] one-hot rows of their codes."""
+        self.step += 1
+        correction = 1 - self.decay ** self.step
+        self.usage.lerp_(assigned.sum(0), 1 - self.decay)
+        self.sums.lerp_(assigned.T @ z, 1 - self.decay)
+        self.sums_debiased.copy_(self.sums / correction)
+        # A code nobody used would be 0 / 0. Laplace smoothing lets every code have eps vectors more.
+        usage = self.usage / correction
+        total, num_codes = usage.sum(), len(usage)
+        usage = (usage + self.eps) / (total + num_codes * self.eps) * total
+        self.codes.copy_(self.sums_debiased / usage[:, None])
+
+    def revive(self, z, threshold=0.01):
+        """Moves codes that get under `threshold` of a fair share of vectors onto random vectors of z [N, D].
+
+        Before the first update no code has been used, so this also starts all codes at encoder outputs.
+        """
+        correction = 1 - self.decay ** self.step
+        share = z.shape[0] / len(self.codes)
+        unused = self.usage <= threshold * share * correction                                # [K]
+        chosen = z[torch.randint(z.shape[0], unused.shape, device=z.device)]                 # [K, D]
+        # As if each had been used by a tenth of its share: it survives, and moves quickly.
+        usage = 0.1 * share * correction
+        self.codes.copy_(torch.where(unused[:, None], chosen, self.codes))
+        self.sums.copy_(torch.where(unused[:, None], chosen * usage, self.sums))
+        self.usage.copy_(torch.where(unused, usage, self.usage))
+
+
+class VQVAE(nn.Module):
+    """Observation encoder p(z | x) and decoder p(x | z) of Table 1.
+
+    width scales the hidden channels (1.0 = Table 3: 4,102,510 parameters and buffers); the codes keep
+    their dimension, so dynamics and policy do not notice.
+    """
+
+    def __init__(self, in_channels=4, num_codes=128, code_dim=32, width=1.0, commitment=0.25, max_logit=15.9):
+        super().__init__()
+        widths = [max(4, round(c * width)) for c in (32, 64, 128, 256)]
+        self.encoder = encoder_trunk(in_channels, code_dim, widths)
+        self.codebook = Codebook(num_codes, code_dim)
+        self.decoder = decoder_trunk(in_channels, code_dim, widths)
+        self.commitment = commitment
+        # At x = 0 and x = 1 the density has no maximum: a black pixel pushes its logit to minus infinity for
+        # ever, and Atari is full of black. The decoder would learn nothing else. So the logits end at
+        # +-15.9, the logit of 1 - 2^-23, where torch.distributions silently ends its float32 probabilities.
+        self.max_logit = max_logit
+
+    def features(self, x):
+        """Images [B,C,H,W], uint8 or float in [0,1] -> encoder outputs z_e, float32 [B,D,6,6]."""
+        return self.encoder(to_unit(x)).float()
+
+    def quantise(self, z_e):
+        """z_e [B,D,6,6] -> (codes int64 [B,6,6], the same vectors as rows [N,D])."""
+        B, D, h, w = z_e.shape
+        flat = z_e.permute(0, 2, 3, 1).reshape(-1, D)                            # [N, D]
+        with torch.autocast(z_e.device.type, enabled=False):                     # distances need float32
+            return self.codebook.nearest(flat).view(B, h, w), flat
+
+    @torch.no_grad()
+    def encode(self, x):
+        """Observations [B,C,H,W], uint8 or float in [0,1] -> codes int64 [B,6,6], z ~ p(z | x).
+
+        Always with the batch norms' running averages, so that an observation has the same codes whatever
+        else is in its batch.
+        """
+        training = self.training
+        codes, _ = self.eval().quantise(self.features(x))
+        self.train(training)
+        return codes
+
+    def embed(self, codes):
+        """Codes int64 [B,6,6] -> embedding vectors float32 [B,D,6,6]: what dynamics and policy see."""
+        return F.embedding(codes, self.codebook.codes).permute(0, 3, 1, 2)
+
+    def logits(self, z_q):
+        """Embedded codes [B,D,6,6] -> continuous Bernoulli logits float32 [B,C,H,W] within +-max_logit."""
+        return self.decoder(z_q).float().clamp(-self.max_logit, self.max_logit)
+
+    @torch.no_grad()
+    def decode(self, codes):
+        """Codes int64 [B,6,6] -> images float32 [B,C,H,W] in [0,1]: the mean of p(x | z)."""
+        return continuous_bernoulli_mean(self.logits(self.embed(codes)))
+
+    def loss(self, x, revive=False):
+        """-ELBO + commitment on observations [B,C,H,W], uint8 or float in [0,1] -> (scalar, dict of parts).
+
+        In training mode the codebook moves (and with `revive` its unused codes are put to use); in
+        evaluation mode nothing changes. Parts, all detached scalars, in nats per observation where not said:
+          elbo            log p(x | z) - KL, sum over 36,864 pixels, mean over the batch
+          reconstruction  -log p(x | z)
+          kl              36 log 128 = 174.67: q(z | x) is certain, the prior uniform ("Constant KL", 3.4)
+          commitment      mean of (z_e - z_q)^2 over elements, before its weight 0.25
+          usage           share of the K codes that this batch uses
+          perplexity      exp(entropy of the codes in this batch), in [1, K]
+        """
+        x = to_unit(x)
+        z_e = self.features(x)                                                   # [B, D, 6, 6]
+        if self.training and revive:
+            self.codebook.revive(z_e.detach().permute(0, 2, 3, 1).flatten(0, 2))
+        codes, flat = self.quantise(z_e)
+        z_q = self.embed(codes)
+
+        # The encoder is drawn to its codes; the codes follow by moving average, so they get no gradient.
+        # Before the straight-through line: after it z_q - z_e would be zero.
+        commitment = F.mse_loss(z_e, z_q.detach())
+        # Straight-through: forward z_q, backward as if the quantiser were the identity.
+        z_st = z_e + (z_q - z_e).detach()
+
+        nll = continuous_bernoulli_nll(self.logits(z_st), x).sum() / len(x)
+        num_codes = len(self.codebook.codes)
+        kl = codes[0].numel() * math.log(num_codes)
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            assigned = (codes.flatten()[:, None] == torch.arange(num_codes, device=x.device)).float()  # [N, K]
+            if self.training:
+                self.codebook.update(flat.detach(), assigned)
+            share = assigned.mean(0)                                             # [K]
+            parts = {
+                "elbo": -(nll + kl), "reconstruction": nll, "kl": torch.full_like(nll, kl),
+                "commitment": commitment, "usage": (share > 0).float().mean(),
+                "perplexity": torch.exp(-torch.xlogy(share, share).sum()),
+            }
+        return nll + kl + self.commitment * commitment, {k: v.detach() for k, v in parts.items()}
+
+
+def to_unit(x):
+    """uint8 images 0..255 -> float32 in [0, 1]; floats pass. On x's device: bytes are cheaper to copy there."""
+    return x.float() / 255 if x.dtype == torch.uint8 else x
+
+
+def foreground_error(images, reconstructions, threshold=0.04):
+    """How much of what moves is lost: 0 perfect, 1 as bad as showing the background alone (or worse, above 1).
+
+    Squared error on the pixels that differ from their median over the batch by more than `threshold`,
+    over their squared deviation from that median. Mean squared error over all pixels hides everything:
+    Pong without a ball looks perfect. images, reconstructions: float [B,C,H,W] in [0,1]; returns a scalar.
+    """
+    background = images.median(0, keepdim=True).values
+    foreground = (images - background).abs() > threshold
+    error = ((reconstructions - images).square() * foreground).sum()
+    return error / ((background - images).square() * foreground).sum().clamp(min=1e-8)
