@@ -39,17 +39,19 @@ import torch.nn.functional as F
 #     sigmoid(l)    0.000   0.119   0.5   0.881  1.000      which is the usual mistake
 
 
+# Through l = 0 the closed forms are 0/0 and lose digits, so for |l| < 1 the Taylor series takes over. Each branch
+# gets an argument clamped to where it is sound, and lerp with a weight of 0 or 1 picks one (on a CPU some 30
+# times faster than torch.where).
+
+
 def _mean_minus_half(logits):
     """1 / (1 - exp(-l)) - 1 / l - 1/2, an odd function, accurate to the last digits also where it is tiny."""
-    # Through 0 the terms cancel: there the series l/12 - l^3/720 + ..., for |l| < 1. Both branches are
-    # computed, so the one not taken gets an argument that keeps it finite.
-    small = logits.abs() < 1
-    l = torch.where(small, 1.0, logits)
-    exact = -1 / torch.expm1(-l) - 1 / l - 0.5
-    s = torch.where(small, logits, 0.0)
+    a = logits.abs()
+    big, s = a.clamp(min=1), logits.clamp(-1, 1)
+    exact = torch.copysign(-1 / torch.expm1(-big) - 1 / big - 0.5, logits)
     s2 = s * s
     series = s * (1 / 12 - s2 * (1 / 720 - s2 * (1 / 30240 - s2 * (1 / 1209600 - s2 / 47900160))))
-    return torch.where(small, series, exact)
+    return torch.lerp(exact, series, (a < 1).to(a.dtype))
 
 
 def continuous_bernoulli_mean(logits):
@@ -63,23 +65,20 @@ class _ContinuousBernoulliNLL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, x):
         ctx.save_for_backward(logits, x)
-        # log A(l) = l/2 + log(sinh(l/2) / (l/2)), an even function S(l) plus l/2, so
-        # -log p = S(l) + l (1/2 - x).
-        small = logits.abs() < 1
-        a = torch.where(small, 1.0, logits.abs())
-        # |l| >= 1: collect the terms linear in l first, they cancel for confident, correct logits.
-        exact = torch.where(logits > 0, logits * (1 - x), -logits * x) + torch.log(-torch.expm1(-a) / a)
-        # |l| < 1: S(l) = l^2/24 - l^4/2880 + l^6/181440 - l^8/9676800 + ...
-        s = torch.where(small, logits, 0.0)
+        a = logits.abs()
+        big, s = a.clamp(min=1), logits.clamp(-1, 1)
+        # log A(l) = max(l, 0) + log((1 - exp(-|l|)) / |l|)
+        exact = logits.clamp(min=0) - logits * x + torch.log(-torch.expm1(-big) / big)
+        # log A(l) = l/2 + S(l), S even:  -log p = l (1/2 - x) + l^2/24 - l^4/2880 + ...
         s2 = s * s
-        series = s2 * (1 / 24 - s2 * (1 / 2880 - s2 * (1 / 181440 - s2 / 9676800))) + s * (0.5 - x)
-        return torch.where(small, series, exact)
+        series = s * (0.5 - x) + s2 * (1 / 24 - s2 * (1 / 2880 - s2 * (1 / 181440 - s2 / 9676800)))
+        return torch.lerp(exact, series, (a < 1).to(a.dtype))
 
     @staticmethod
     def backward(ctx, grad):
         logits, x = ctx.saved_tensors
         grad_x = -logits * grad if ctx.needs_input_grad[1] else None
-        return (_mean_minus_half(logits) + (0.5 - x)) * grad, grad_x    # mean - x
+        return (_mean_minus_half(logits) + (0.5 - x)) * grad, grad_x         # mean - x
 
 
 def continuous_bernoulli_nll(logits, x):

@@ -1,0 +1,243 @@
+"""The world model's dynamics: what the next codes and the reward will be (Section 3.2-3.3, Figure 3),
+and the dream in which the policy lives.
+
+Time alignment, the same everywhere in this repository. Row t of a buffer, a batch or a dream is:
+
+    t            0           1           2                  L-1
+    o_t       o_0         o_1         o_2        ...     o_{L-1}        observation, codes z_t
+    a_t          a_0         a_1         a_2     ...                    action chosen at o_t
+    r_t             r_0         r_1         r_2  ...                    reward for a_t, comes with o_{t+1}
+    end_t           e_0         e_1         e_2  ...                    the episode ended after a_t
+                   /           /           /
+    h_t   0 --> [cells] --> [cells] --> [cells] --> ...                 step t reads (z_t, a_t, h_{t-1})
+                   |           |           |
+                (z_1,r_0)   (z_2,r_1)   (z_3,r_2)                       and predicts (z_{t+1}, r_t)
+
+    If e_t: z_{t+1} is the first observation of another episode. It can't be predicted, so step t has no
+    code loss (but its reward counts), and step t + 1 starts from h = 0 and the true z_{t+1}.
+
+    python dynamics.py       # learn a small world of codes, dream in it, check what was dreamed
+
+Dimension key:  B batch   L observations in a window, L-1 predictions   T steps dreamed
+                K = 128 codes   D = 32 code dimensions   M actions   C = 128 hidden channels
+"""
+import argparse
+import time
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from convlstm import ConvLSTMCell
+
+
+def sample(logits, temperature=1.0):
+    """Draws from Cat(Softmax(logits / temperature)) along dimension 1: float [B, K, ...] -> int64 [B, ...].
+
+    A race: with e_k ~ Exponential(1), the index with the largest p_k / e_k is k with probability p_k. In
+    logs that is the Gumbel-max trick. One pass, no normalisation, no copy to the host.
+    """
+    race = torch.empty_like(logits, dtype=torch.float32).exponential_()
+    return (logits.float() / temperature - race.log()).argmax(1)
+
+
+def reward_class(rewards):
+    """Game rewards, any float shape -> int64 class 0, 1, 2 for -1, 0, 1: clipped and rounded (Section 3.3)."""
+    return rewards.clamp(-1, 1).round().long() + 1
+
+
+class RewardHead(nn.Module):
+    """g(y_t): 1x1 conv, layer norm, two linear layers -> scores of the rewards -1, 0, 1 (Eq. 7)."""
+
+    def __init__(self, channels, size):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 32, 1)
+        self.norm = nn.LayerNorm([32, *size])
+        self.linear1 = nn.Linear(32 * size[0] * size[1], 512)
+        self.linear2 = nn.Linear(512, 3)
+
+    def forward(self, y):
+        g = F.leaky_relu(self.norm(self.conv(y)))                        # [B, 32, 6, 6]
+        return self.linear2(F.leaky_relu(self.linear1(g.flatten(1))))    # [B, 3]
+
+
+class Dynamics(nn.Module):
+    """Two ConvLSTM cells and two heads; 6,552,547 parameters for M = 18 (Table 3).
+
+    The action enters as M one-hot planes at both cells and at both heads, "since the action information
+    might get lost during the forward pass" (Figure 3).
+    """
+
+    def __init__(self, num_actions, num_codes=128, code_dim=32, hidden=128, size=(6, 6)):
+        super().__init__()
+        self.num_actions = num_actions
+        self.cell1 = ConvLSTMCell(code_dim + num_actions, hidden, size=size)
+        self.cell2 = ConvLSTMCell(hidden + num_actions, hidden, size=size)
+        self.code_head = nn.Conv2d(hidden + num_actions, num_codes, 1)   # f(y_t), Eq. 6
+        self.reward_head = RewardHead(hidden + num_actions, size)        # g(y_t), Eq. 7
+
+    def initial_state(self, batch):
+        """((h, c), (h, c)) of the two cells, zeros [batch, C, 6, 6]."""
+        return self.cell1.initial_state(batch), self.cell2.initial_state(batch)
+
+    def forward(self, z, action, state):
+        """One step of Eq. 4.
+
+        z       float [B, D, 6, 6]    embedded codes of o_t
+        action  int64 [B] in [0, M)   a_t
+        state   as initial_state      h_{t-1} (and c) of both cells
+        -> code logits [B, K, 6, 6] of z_{t+1}, reward logits [B, 3] of r_t in {-1, 0, 1}, the new state
+        """
+        one_hot = (action[:, None] == torch.arange(self.num_actions, device=z.device)).to(z.dtype)
+        planes = one_hot[:, :, None, None].expand(-1, -1, *z.shape[2:])          # [B, M, 6, 6]
+        state1 = self.cell1(torch.cat([z, planes], 1), state[0])
+        state2 = self.cell2(torch.cat([state1[0], planes], 1), state[1])
+        y = torch.cat([state2[0], planes], 1)                                    # y_t [B, C+M, 6, 6]
+        return self.code_head(y).float(), self.reward_head(y).float(), (state1, state2)
+
+    def loss(self, codes, actions, rewards, ends, embed, context=4, reward_weight=1e-6):
+        """Maximum likelihood of Eq. 6 and 7 over windows of L observations -> (scalar, dict of parts).
+
+        codes    int64 [B, L, 6, 6]   z_t of L consecutive observations
+        actions  int64 [B, L]         a_t; here and below the last column is not needed and not read
+        rewards  float [B, L]         r_t as the game pays them
+        ends     bool  [B, L]         the episode ended after a_t
+        embed    codes [B, 6, 6] -> embedding vectors [B, D, 6, 6]; no gradient flows into it
+        context  the first `context` inputs are true codes; from there on the model reads its own samples,
+                 as it will in the dream
+        reward_weight  the paper scales the reward loss down so that its gradient can't disturb the trunk
+                 (Section 3.4), and raises the head's learning rate
+
+        Parts, detached: code_loss (nats per code), reward_loss (nats per step), code_accuracy (share of
+        codes whose most likely value is right), reward_accuracy_minus / _zero / _plus (share of steps with
+        that true reward whose most likely class is right; nan where there was none).
+        """
+        B, L = codes.shape[:2]
+        targets = reward_class(rewards[:, :L - 1])                               # [B, L-1]
+        state = self.initial_state(B)
+        z, code_loss, code_right, reward_logits = codes[:, 0], [], [], []
+        for t in range(L - 1):
+            code_logits, r_logits, state = self(embed(z).detach(), actions[:, t], state)
+            code_loss.append(F.cross_entropy(code_logits, codes[:, t + 1], reduction="none").mean((1, 2)))
+            code_right.append((code_logits.detach().argmax(1) == codes[:, t + 1]).float().mean((1, 2)))
+            reward_logits.append(r_logits)
+
+            # The next input: the truth while in context and at the first observation of another episode,
+            # else a sample of what was just predicted. (A sample is an integer: no gradient through it.)
+            z = codes[:, t + 1]
+            if t + 1 >= context:
+                z = torch.where(ends[:, t, None, None], z, sample(code_logits.detach()))
+            alive = (~ends[:, t]).float()[:, None, None, None]
+            state = [(h * alive, c * alive) for h, c in state]
+
+        reward_logits = torch.stack(reward_logits, 2)                            # [B, 3, L-1]
+        # No code loss across an episode end. (The released code masks with end_{t+1}, one step too late.)
+        inside = (~ends[:, :L - 1]).float()                                      # [B, L-1]
+        count = inside.sum().clamp(min=1)
+        code_loss = (torch.stack(code_loss, 1) * inside).sum() / count
+        reward_loss = F.cross_entropy(reward_logits, targets)
+
+        with torch.no_grad():
+            right = (reward_logits.argmax(1) == targets).float()
+            parts = {"code_loss": code_loss, "reward_loss": reward_loss,
+                     "code_accuracy": (torch.stack(code_right, 1) * inside).sum() / count}
+            for k, name in enumerate(("minus", "zero", "plus")):
+                mine = (targets == k).float()
+                parts[f"reward_accuracy_{name}"] = (right * mine).sum() / mine.sum()
+        return code_loss + reward_weight * reward_loss, {k: v.detach() for k, v in parts.items()}
+
+
+@torch.no_grad()
+def dream(dynamics, embed, policy, start_codes, steps=50, temperature=1.0):
+    """Imagined experience: the only experience the policy is ever trained on (Section 3.4).
+
+    start_codes  int64 [B, 6, 6]: codes of real observations, drawn at random from all that was collected
+    embed        codes -> embedding vectors [B, D, 6, 6]
+    policy       embedding vectors -> (action logits [B, M], values [B])
+    steps        T = 50; then every dreamed episode ends, since the model does not predict ends
+    temperature  above 1 the next codes are drawn from a flatter distribution (Ha & Schmidhuber, Table 2)
+
+    Returns a dict of tensors with time first: codes [T, B, 6, 6], actions [T, B], log_probs [T, B],
+    values [T, B], rewards float [T, B] in {-1, 0, 1}, dones bool [T, B] (true in the last row only).
+    """
+    B, device = len(start_codes), start_codes.device
+    codes, state, rows = start_codes, dynamics.initial_state(B), []
+    for _ in range(steps):
+        z = embed(codes)
+        action_logits, value = policy(z)
+        action_logits = action_logits.float()
+        action = sample(action_logits)                                           # Eq. 8
+        log_prob = action_logits.log_softmax(1).gather(1, action[:, None])[:, 0]
+        code_logits, reward_logits, state = dynamics(z, action, state)
+        reward = sample(reward_logits).float() - 1                               # Eq. 7
+        rows.append((codes, action, log_prob, value.float(), reward))
+        codes = sample(code_logits, temperature)                                 # Eq. 6
+    names = ("codes", "actions", "log_probs", "values", "rewards")
+    batch = {name: torch.stack(column) for name, column in zip(names, zip(*rows))}
+    last = torch.arange(steps, device=device) == steps - 1
+    return batch | {"dones": last[:, None].expand(steps, B)}
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Learn the dynamics of a small world made of codes.")
+    parser.add_argument("--updates", type=int, default=400)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+
+    # A world of 6x6 cells with a runner (code 1) on empty ground (code 0). Actions 0..3 move it up, down,
+    # left, right, as far as the walls allow; being in row 0 then pays 1, in row 5 costs 1.
+    moves = torch.tensor([[-1, 0], [1, 0], [0, -1], [0, 1]])
+    K, D, L, B = 8, 8, 6, 48
+
+    def play(batch, length):
+        position = torch.randint(6, (batch, 2))
+        actions = torch.randint(4, (batch, length))
+        codes, rewards = torch.zeros(batch, length, 36, dtype=torch.int64), torch.zeros(batch, length)
+        for t in range(length):
+            codes[:, t].scatter_(1, (position[:, 0] * 6 + position[:, 1])[:, None], 1)
+            position = (position + moves[actions[:, t]]).clamp(0, 5)
+            rewards[:, t] = (position[:, 0] == 0).float() - (position[:, 0] == 5).float()
+        return codes.view(batch, length, 6, 6), actions, rewards
+
+    vectors = torch.randn(K, D)
+
+    def embed(codes):
+        return F.embedding(codes, vectors).permute(0, 3, 1, 2)
+
+    dynamics = Dynamics(4, num_codes=K, code_dim=D, hidden=32)
+    # As in train.py: the reward loss is scaled by 1e-6, Adam undoes the scale for the head alone.
+    head = list(dynamics.reward_head.parameters())
+    trunk = [p for name, p in dynamics.named_parameters() if not name.startswith("reward_head")]
+    optimizer = torch.optim.Adam([{"params": trunk, "lr": 1e-3}, {"params": head, "lr": 1e-3, "eps": 1e-14}])
+    ends = torch.zeros(B, L, dtype=torch.bool)
+    start = time.time()
+    for update in range(1, args.updates + 1):
+        loss, parts = dynamics.loss(*play(B, L), ends, embed, context=3)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if update % 50 == 0 or update == 1:
+            print(f"update {update:4d}  code loss {parts['code_loss']:.4f}  code accuracy "
+                  f"{parts['code_accuracy']:.4f}  reward loss {parts['reward_loss']:.4f}  "
+                  f"{time.time() - start:5.1f} s", flush=True)
+
+    # Dream under a random policy, and judge every dreamed step by the true rules.
+    def policy(z):
+        return torch.zeros(len(z), 4), torch.zeros(len(z))
+
+    batch = dream(dynamics, embed, policy, play(64, 1)[0][:, 0], steps=50)
+    flat = batch["codes"].flatten(2)                                             # [T, B, 36]
+    one_runner = ((flat == 1).sum(2) == 1) & ((flat > 1).sum(2) == 0)
+    place = (flat == 1).float().argmax(2)
+    position = torch.stack([place // 6, place % 6], 2)
+    expected = (position[:-1] + moves[batch["actions"][:-1]]).clamp(0, 5)       # [T-1, B, 2]
+    moved_right = (position[1:] == expected).all(2)
+    paid_right = batch["rewards"][:-1] == (expected[..., 0] == 0).float() - (expected[..., 0] == 5).float()
+    print(f"in 64 dreams of 50 steps: exactly one runner in {one_runner.float().mean():.1%} of the frames, "
+          f"moved as the action says in {moved_right.float().mean():.1%} of the steps, "
+          f"paid as it should be in {paid_right.float().mean():.1%}")
+
+
+if __name__ == "__main__":
+    main()
