@@ -1,0 +1,1107 @@
+"""The whole algorithm (Section 3.4): collect, warm up, learn the world model, learn the policy in dreams, evaluate.
+
+    python train.py --game Freeway                          # paper preset on CUDA, small preset elsewhere
+    python train.py --game Pong --preset smoke              # every stage once or twice, in two minutes
+    python train.py --resume runs/Freeway-small-s0          # goes on where a run was stopped or killed
+    python train.py --preset paper --benchmark              # how long would it take here?
+
+The loop at the end of `train` is the paper's; above it, one function per stage, in the order of the loop;
+above those, what every long run needs: settings, checkpoints, and an honest clock.
+
+Random numbers: batches are drawn by numpy generators that are a pure function of (seed, iteration, stage,
+epoch), everything else by torch's global generator, whose state is in the checkpoint. So a run that was killed
+and resumed ends bit for bit as one that never was.
+
+Dimension key:  B batch   L = 11 observations in a window   T = 50 dreamed steps   K = 128 codes   M actions
+"""
+import argparse
+import contextlib
+import csv
+import dataclasses
+import errno
+import hashlib
+import io
+import json
+import math
+import os
+import pathlib
+import shutil
+import signal
+import sys
+import time
+import zipfile
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from atari import AtariEnv, ExperienceBuffer
+from dynamics import Dynamics, dream, sample
+from ppo import ActorCritic, ppo_update
+from vqvae import VQVAE, foreground_error
+
+# ------------------------------------------------------------------------------------------------------
+# Settings
+# ------------------------------------------------------------------------------------------------------
+
+
+def setting(default, text):
+    """A dataclass field with its line of help. Sources: "paper 3.4" its section, "released" the authors' code."""
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclasses.dataclass
+class Config:
+    """Every setting of a run; the defaults are the `paper` preset. Each field is a flag of the same name."""
+
+    game: str = setting("Freeway", "Atari game as in the paper's tables, e.g. Pong or BankHeist")
+    preset: str = setting("paper", "paper: the paper's size; small: two CPU cores; smoke: two minutes")
+    seed: int = setting(0, "seed of all randomness")
+    device: str = setting("cpu", "torch device: cuda, cpu (default: cuda where it is there)")
+    out: str = setting("runs", "folder in which the run's own folder is made")
+    checkpoint_minutes: float = setting(4.0, "save at least this often, so that no more work than this is lost")
+    bf16: bool = setting(True, "bfloat16 autocast where the processor computes in it (ours: same sizes, faster)")
+    scale: float = setting(1.0, "multiplies all numbers of updates: spend more time, or less (ours)")
+
+    # Real experience
+    iterations: int = setting(15, "rounds of collect, world model, policy (paper 3.4)")
+    first_interactions: int = setting(12_800, "steps of four frames in round 1, random policy (paper 3.4)")
+    interactions: int = setting(6_400, "steps in every later round (paper 3.4)")
+    collect_temperature: float = setting(1.5, "softmax temperature of the policy when collecting (released)")
+
+    # Observation model (Section 3.3, "Latent Representations")
+    vqvae_width: float = setting(1.0, "hidden channels of encoder and decoder, times (paper, Table 3)")
+    max_logit: float = setting(15.9, "pixel logits are clamped to +- this (what torch.distributions does)")
+    vqvae_lr: float = setting(1e-4, "Adam's learning rate after the warm-up (released)")
+    warmup_lr: float = setting(1e-3, "Adam's learning rate in the warm-up, 'higher' (paper 3.4; value released)")
+    warmup_epochs: float = setting(50, "passes over the first observations, VQ-VAE alone (paper 3.4)")
+    warmup_batch: int = setting(40, "observations per warm-up update (released)")
+    revive_codes: bool = setting(False, "warm-up starts codes at encoder outputs, moves unused ones there (ours)")
+    vqvae_every: int = setting(3, "after the warm-up, update the VQ-VAE in every n-th step (paper 3.4)")
+    vqvae_batch: int = setting(44, "observations of each of those updates; 44: all of the window batch (released)")
+
+    # Dynamics (Section 3.2-3.3)
+    hidden: int = setting(128, "channels of each ConvLSTM cell (paper, Table 3)")
+    dynamics_lr: float = setting(5e-4, "Adam's learning rate (released)")
+    reward_lr: float = setting(1e-3, "Adam's learning rate of the reward head, 'higher' (paper 3.4; released)")
+    reward_weight: float = setting(1e-6, "weight of the reward loss, 'scaled down' (paper 3.4; value released)")
+    dynamics_batch: int = setting(4, "windows per update (released)")
+    window: int = setting(11, "observations per window: 10 predictions (released)")
+    context: int = setting(4, "inputs that are true codes; after them the model reads its samples (released)")
+    reward_windows: float = setting(0.0, "share of each batch drawn from windows that hold a reward (ours)")
+    world_model_epochs: tuple = setting(
+        (140, 32, 24, 20, 16, 14, 12, 11, 10, 9, 8, 8, 7, 7, 6), "passes over all data in each round (released)")
+
+    # Policy (Section 3.3, "Policy", and 3.4)
+    policy_width: float = setting(1.0, "hidden units, times (paper, Table 3)")
+    dreams: int = setting(16, "dreams side by side (released)")
+    dream_steps: int = setting(50, "steps until every dream ends (paper 3.4)")
+    ppo_updates: tuple = setting((1000,) * 7 + (2000,) + (1000,) * 3 + (2000,) + (1000,) * 2 + (3000,),
+                                 "rollouts and PPO updates in each round (released)")
+    policy_lr: float = setting(2.5e-4, "Adam's learning rate (released)")
+    ppo_epochs: int = setting(4, "passes over each rollout (released)")
+    minibatch: int = setting(256, "samples per gradient step (released)")
+    gamma: float = setting(0.99, "discount (paper 4)")
+    lam: float = setting(0.95, "lambda of GAE (released)")
+    clip: float = setting(0.1, "clip range of the probability ratio (released)")
+    value_clip: float = setting(0.1, "clip range of the value (released)")
+    value_coef: float = setting(0.5, "weight of the value loss (released)")
+    entropy_coef: float = setting(0.01, "weight of the entropy bonus (released)")
+    max_grad_norm: float = setting(0.5, "gradient norm is clipped to this (released)")
+
+    # Evaluation: whole real episodes, never trained on
+    eval_episodes: int = setting(8, "episodes after each round (ours)")
+    final_episodes: int = setting(32, "episodes after the last round (released)")
+    eval_temperature: float = setting(1.0, "softmax temperature of the policy when evaluated (released)")
+
+
+PRESETS = {
+    "paper": {},
+    "small": dict(
+        vqvae_width=0.5, warmup_epochs=7, warmup_batch=12, revive_codes=True, vqvae_batch=16,
+        hidden=64, dynamics_batch=16, reward_windows=0.25,
+        world_model_epochs=(3.5, 2.3, 1.7, 1.4, 1.2, 1.0, 0.87, 0.77, 0.7, 0.63, 0.58, 0.54, 0.5, 0.46, 0.43),
+        policy_width=0.5, dreams=64, ppo_updates=(45,) * 15, eval_episodes=4),
+    "smoke": dict(
+        iterations=2, first_interactions=400, interactions=200,
+        vqvae_width=0.25, warmup_epochs=6, warmup_batch=12, revive_codes=True, vqvae_batch=8, hidden=16,
+        world_model_epochs=(2, 1.5), policy_width=0.25, dreams=8, ppo_updates=(3, 3),
+        eval_episodes=1, final_episodes=1),
+}
+# What may change when a run is resumed, with --override: nothing that the numbers depend on.
+MAY_CHANGE = ("device", "out", "checkpoint_minutes", "bf16", "eval_episodes", "final_episodes")
+STAGES = ("collect", "warm_up", "world_model", "policy", "evaluate")
+SCHEMA = 1
+
+
+class UserError(Exception):
+    """Something the user can mend: printed as one line, exit status 1."""
+
+
+def check(config):
+    """Raises UserError for settings that can't work, naming the field."""
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        for v in value if isinstance(value, tuple) else (value,):
+            if isinstance(v, (int, float)) and not isinstance(v, bool) and not (math.isfinite(v) and v >= 0):
+                raise UserError(f"--{f.name} must be a number of 0 or more, not {v}")
+    for name in ("iterations", "interactions", "warmup_batch", "vqvae_every", "vqvae_batch", "hidden",
+                 "dynamics_batch", "dreams", "dream_steps", "ppo_epochs", "final_episodes", "vqvae_width",
+                 "policy_width", "collect_temperature", "eval_temperature", "scale", "checkpoint_minutes", "max_logit"):
+        if getattr(config, name) <= 0:
+            raise UserError(f"--{name} must be more than 0")
+    if config.window < 2 or config.context < 1 or config.minibatch < 2:
+        raise UserError("--window must be 2 or more, --context 1 or more, --minibatch 2 or more")
+    for name in ("world_model_epochs", "ppo_updates"):
+        if len(getattr(config, name)) != config.iterations:
+            raise UserError(f"--{name} needs one number per iteration: {config.iterations}, "
+                            f"not {len(getattr(config, name))}")
+    need = max(config.window * (config.dynamics_batch + 1), config.warmup_batch)
+    if config.first_interactions < need:
+        raise UserError(f"--first_interactions must be {need} or more for these batch sizes")
+    try:
+        torch.zeros(1, device=config.device)
+    except (RuntimeError, AssertionError):
+        there = "cuda or cpu" if torch.cuda.is_available() else "cpu"
+        raise UserError(f"device {config.device!r} is not available here; use --device {there}") from None
+
+
+def has_bf16(device):
+    """Does the processor itself compute in bfloat16? Emulated, it would be slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+# ------------------------------------------------------------------------------------------------------
+# The models and one update of each: no host synchronisation in here, so that a GPU never waits
+# ------------------------------------------------------------------------------------------------------
+
+
+class Models:
+    """The three networks and their optimisers on one device."""
+
+    def __init__(self, config, num_actions):
+        self.config, self.device = config, torch.device(config.device)
+        self.use_bf16 = config.bf16 and has_bf16(self.device)
+        with self.device:
+            self.vqvae = VQVAE(width=config.vqvae_width, max_logit=config.max_logit)
+            self.dynamics = Dynamics(num_actions, hidden=config.hidden)
+            self.policy = ActorCritic(num_actions, width=config.policy_width)
+        self.vqvae.eval()                           # train() only around its own updates: batch norms
+        # The reward loss is scaled down by reward_weight for the trunk's sake. Adam divides the scale out
+        # again for the head, whose eps must shrink with it.
+        head = list(self.dynamics.reward_head.parameters())
+        trunk = [p for name, p in self.dynamics.named_parameters() if not name.startswith("reward_head.")]
+        fused = self.device.type in ("cpu", "cuda")
+        self.optimizers = {
+            "vqvae": torch.optim.Adam(self.vqvae.parameters(), lr=config.vqvae_lr, fused=fused),
+            "dynamics": torch.optim.Adam([
+                {"params": trunk, "lr": config.dynamics_lr},
+                {"params": head, "lr": config.reward_lr, "eps": 1e-8 * config.reward_weight}], fused=fused),
+            "policy": torch.optim.Adam(self.policy.parameters(), lr=config.policy_lr, fused=fused),
+        }
+
+    def networks(self):
+        return {"vqvae": self.vqvae, "dynamics": self.dynamics, "policy": self.policy}
+
+    def autocast(self):
+        if self.use_bf16:
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def to_device(self, array):
+        """numpy -> device. Frames travel as bytes and become floats there; pinned memory needs no waiting."""
+        tensor = torch.from_numpy(array)
+        if self.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
+
+    def step(self, name, loss):
+        self.optimizers[name].zero_grad()
+        loss.backward()
+        self.optimizers[name].step()
+
+    def vqvae_update(self, x, lr, revive=False):
+        """One gradient step of the VQ-VAE on observations uint8 [B, 4, 96, 96] -> parts of its loss."""
+        self.optimizers["vqvae"].param_groups[0]["lr"] = lr
+        self.vqvae.train()
+        with self.autocast():
+            loss, parts = self.vqvae.loss(x, revive)
+        self.step("vqvae", loss)
+        self.vqvae.eval()
+        return parts
+
+    def world_model_update(self, x, actions, rewards, ends, vqvae_rows=None):
+        """One gradient step of the dynamics on windows, and before it one of the VQ-VAE if vqvae_rows are given.
+
+        x uint8 [B, L, 4, 96, 96], actions int64, rewards float, ends bool [B, L]; vqvae_rows int64 [n]:
+        which of the B * L observations the VQ-VAE learns from.
+        """
+        B, L = x.shape[:2]
+        flat = x.flatten(0, 1)
+        parts = {}
+        if vqvae_rows is not None:
+            parts = self.vqvae_update(flat[vqvae_rows], self.config.vqvae_lr)
+        with self.autocast():
+            codes = self.vqvae.encode(flat).view(B, L, 6, 6)     # the targets move with the VQ-VAE (3.4)
+            loss, dynamics_parts = self.dynamics.loss(codes, actions, rewards, ends, self.vqvae.embed,
+                                                      self.config.context, self.config.reward_weight)
+        self.step("dynamics", loss)
+        return parts | dynamics_parts
+
+    def policy_update(self, x):
+        """Dreams from observations uint8 [B, 4, 96, 96], then PPO on what was dreamed -> parts."""
+        c = self.config
+        with self.autocast():
+            rollout = dream(self.dynamics, self.vqvae.embed, self.policy, self.vqvae.encode(x), c.dream_steps)
+            T, B = rollout["actions"].shape
+            observations = self.vqvae.embed(rollout["codes"].flatten(0, 1)).unflatten(0, (T, B))
+            # The last step is terminal, so no value follows it.
+            parts = ppo_update(self.policy, self.optimizers["policy"], observations, rollout,
+                               torch.zeros(B, device=self.device), c.gamma, c.lam, c.ppo_epochs, c.minibatch,
+                               c.max_grad_norm, clip=c.clip, value_clip=c.value_clip, value_coef=c.value_coef,
+                               entropy_coef=c.entropy_coef)
+        return parts | {"dream_return": rollout["rewards"].sum(0).mean()}
+
+    @torch.no_grad()
+    def act(self, observations, temperature):
+        """Observations uint8 numpy [B, 4, 96, 96] -> actions numpy int64 [B], sampled (Eq. 2: z, then a)."""
+        with self.autocast():
+            logits, _ = self.policy(self.vqvae.embed(self.vqvae.encode(self.to_device(observations))))
+        return sample(logits, temperature).cpu().numpy()
+
+
+# ------------------------------------------------------------------------------------------------------
+# A run: where it stands, what it has seen, and how it gets onto the disk in one piece
+# ------------------------------------------------------------------------------------------------------
+
+
+def sync_folder(folder):
+    """Makes a rename in this folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path, data):
+    """Bytes -> file, so that at any moment the path holds all of the old or all of the new content."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def lock_folder(folder):
+    """Keeps a second process out of a run folder; the lock dies with the process, however it dies."""
+    file = open(folder / "lock", "w")
+    try:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        pass                                        # no such locks on this system
+    except BlockingIOError:
+        raise UserError(f"another process is writing {folder}; wait for it or stop it") from None
+    return file
+
+
+def read_checkpoint(path):
+    """The dict that Run.save wrote. Raises UserError with one line if it is damaged, foreign or carries code."""
+    try:
+        # The archive holds a checksum of each of its parts, which torch does not look at.
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise UserError(f"{path} is damaged (checksum of {damaged})")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except Exception as error:                      # whatever a damaged or malicious file provokes
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"{path} is damaged or no checkpoint of this program ({reason[0][:80]})") from None
+    if not isinstance(state, dict) or state.get("schema") != SCHEMA or "networks" not in state:
+        raise UserError(f"{path} is no checkpoint of this version of train.py")
+    return state
+
+
+def newest_checkpoint(folder):
+    """(state, path) of the newer of the two checkpoints that is whole; says so if the newer one is not."""
+    problems = []
+    for name in ("checkpoint.pt", "checkpoint-previous.pt"):
+        if (folder / name).exists():
+            try:
+                state = read_checkpoint(folder / name)
+            except UserError as error:
+                problems.append(str(error))
+                continue
+            for problem in problems:
+                print(f"warning: {problem}; going on from {name}", file=sys.stderr)
+            return state, folder / name
+    raise UserError("; ".join(problems) or f"{folder} holds no checkpoint")
+
+
+def config_from(state):
+    """The Config inside a checkpoint or a config.json."""
+    names = {f.name for f in dataclasses.fields(Config)}
+    if set(state) != names:
+        odd = ", ".join(sorted(set(state) ^ names))
+        raise UserError(f"these settings belong to another version of train.py: {odd}")
+    return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in state.items()})
+
+
+class Run:
+    """Everything that a run is: settings, models, experience, position, figures so far.
+
+    The position is (iteration, stage, update): so many updates of this stage are done. `updates` counts it
+    on, `finish_stage` moves to the next stage; both save. Reward sums and other averages of a stage are in
+    `sums`, finished figures in `rows` (one dict per iteration -> metrics.csv), seconds in `times`.
+    """
+
+    def __init__(self, config, folder, state=None):
+        self.config, self.folder = config, folder
+        self.env = AtariEnv(config.game, seed=config.seed)
+        rates = state["rates"] if state else measure_rates(config, self.env.num_actions)
+        torch.manual_seed(config.seed)
+        self.models = Models(config, self.env.num_actions)
+        self.device = self.models.device
+        self.buffer = ExperienceBuffer(config.first_interactions + config.interactions * (config.iterations - 1))
+        self.iteration, self.stage, self.update = 0, "collect", 0
+        self.sums, self.rows, self.times, self.shards, self.returns = {}, [], [], [], []
+        self.rates = rates                          # seconds per unit of work of each stage, for the estimate
+        self.first_bad = torch.full((), -1, device=self.device)
+        self.stop_signal, self.saved_at = None, time.monotonic()
+        if state:
+            self.restore(state)
+
+    # ---- state <-> disk
+
+    def state(self):
+        return {
+            "schema": SCHEMA, "config": dataclasses.asdict(self.config),
+            "iteration": self.iteration, "stage": self.stage, "update": self.update,
+            "networks": {name: m.state_dict() for name, m in self.models.networks().items()},
+            "optimizers": {name: o.state_dict() for name, o in self.models.optimizers.items()},
+            "torch_rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            "sums": self.sums, "rows": self.rows, "times": self.times, "returns": self.returns,
+            "shards": self.shards, "rates": self.rates,
+        }
+
+    def restore(self, state):
+        try:
+            for name, network in self.models.networks().items():
+                network.load_state_dict(state["networks"][name])
+            for name, optimizer in self.models.optimizers.items():
+                optimizer.load_state_dict(state["optimizers"][name])
+            self.iteration, self.stage, self.update = state["iteration"], state["stage"], state["update"]
+            self.sums = {k: v.to(self.device) for k, v in state["sums"].items()}
+            self.rows, self.times, self.returns = state["rows"], state["times"], state["returns"]
+            self.shards = state["shards"]
+            torch.set_rng_state(state["torch_rng"])
+            if state["cuda_rng"] is not None and self.device.type == "cuda":
+                torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+        except (KeyError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise UserError(f"the checkpoint does not fit its own settings ({reason[0][:80]})") from None
+        for shard in self.shards:
+            self.buffer.add(**read_shard(self.folder, shard))
+
+    def save(self):
+        """Experience first, then the checkpoint that names it. A full disk is reported and survived."""
+        self.check_finite()
+        try:
+            for shard in self.shards:
+                if shard.get("data") is not None:
+                    write_atomically(self.folder / shard["file"], shard["data"])
+                    del shard["data"]
+            buffer = io.BytesIO()
+            torch.save(self.state(), buffer)
+            data = buffer.getbuffer()
+            path = self.folder / "checkpoint.pt"
+            fresh = self.folder / "checkpoint-new.pt"
+            write_atomically(fresh, data)           # whole on the disk before the older ones are touched
+            if path.exists():
+                os.replace(path, self.folder / "checkpoint-previous.pt")
+            os.replace(fresh, path)
+            sync_folder(self.folder)
+            write_table(self.folder / "metrics.csv", METRICS, self.rows)
+            write_table(self.folder / "times.csv", TIMES, self.times)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise UserError(f"cannot write {self.folder}: {error.strerror}; the last checkpoint is "
+                                f"untouched") from None
+            need = sum(t.numel() * t.element_size() for m in self.models.networks().values()
+                       for t in m.state_dict().values()) * 3 / 2**20
+            tqdm.write(f"warning: the disk of {self.folder} is full: a checkpoint needs about {need:.0f} MB. The "
+                       f"last one is untouched; training goes on and tries again at the next save.", file=sys.stderr)
+        self.saved_at = time.monotonic()
+
+    def check_finite(self):
+        """Stops the run before a NaN or infinity can reach a checkpoint."""
+        bad = int(self.first_bad)
+        if bad >= 0:
+            raise UserError(f"a loss became NaN or infinite in iteration {self.iteration + 1}, stage {self.stage}, "
+                            f"update {bad}; the last good checkpoint is {self.folder / 'checkpoint.pt'}")
+
+    def leave(self):
+        """After Ctrl-C or SIGTERM: says how to go on, exits 130 or 143."""
+        print(f"\nstopped; go on with: python train.py --resume {self.folder}", file=sys.stderr)
+        sys.exit(128 + self.stop_signal)
+
+    # ---- position
+
+    def updates(self, total):
+        """Yields the numbers of the updates of this stage that are still to do, counting and saving on the way."""
+        label = f"{self.iteration + 1:2d}/{self.config.iterations} {self.stage.replace('_', ' '):11s}"
+        begun, first = time.monotonic(), self.update
+        with tqdm(total=total, initial=self.update, desc=label, disable=not sys.stderr.isatty(), leave=False,
+                  dynamic_ncols=True) as bar:
+            while self.update < total:
+                yield self.update
+                self.update += 1
+                bar.update()
+                now = time.monotonic()
+                self.rates[self.stage] = (now - begun) / (self.update - first)
+                if not bar.disable:
+                    bar.set_postfix_str(f"whole run: {clock(self.seconds_left())} left", refresh=False)
+                if self.stop_signal or now - self.saved_at > 60 * self.config.checkpoint_minutes:
+                    self.add_time(begun)
+                    begun, first = time.monotonic(), self.update
+                    self.save()
+                if self.stop_signal:
+                    self.leave()
+        self.add_time(begun)
+
+    def add_time(self, begun):
+        """Books the wall-clock seconds since `begun` under this iteration and stage."""
+        while len(self.times) <= self.iteration:
+            self.times.append({"iteration": len(self.times) + 1} | {stage: 0.0 for stage in STAGES})
+        self.times[self.iteration][self.stage] += time.monotonic() - begun
+
+    def add(self, parts, update):
+        """Adds one update's figures to the stage's averages, on the device. NaN means "there was none"."""
+        for k, v in parts.items():
+            pair = torch.stack([v.nan_to_num(), v.isfinite().to(v.dtype)])
+            self.sums[k] = self.sums[k] + pair if k in self.sums else pair
+        bad = ~torch.stack([v for k, v in parts.items() if not k.startswith("reward_accuracy")]).isfinite().all()
+        self.first_bad = torch.where(bad & (self.first_bad < 0), update, self.first_bad)
+
+    def finish_stage(self, following, **figures):
+        """Turns averages into figures of this iteration's row, moves on to the stage `following`, saves."""
+        if len(self.rows) <= self.iteration:
+            self.rows.append({"iteration": self.iteration + 1, "interactions": len(self.buffer)})
+        self.check_finite()
+        averages = {k: float(v[0] / v[1]) for k, v in self.sums.items()}
+        self.rows[self.iteration] |= averages | {k: float(v) for k, v in figures.items()}
+        self.sums, self.update, self.returns = {}, 0, []
+        finished, seconds = self.stage, self.times[self.iteration][self.stage]
+        self.stage = following
+        if following == "collect":
+            self.iteration += 1
+        if not sys.stderr.isatty() and seconds >= 1:
+            print(f"    {finished.replace('_', ' '):11s} {clock(seconds)}   whole run: "
+                  f"{clock(self.seconds_left())} left", file=sys.stderr, flush=True)
+        self.save()
+
+    def numpy_rng(self, *numbers):
+        """A generator that depends on the seed, the position and nothing else."""
+        return np.random.default_rng([self.config.seed, self.iteration, STAGES.index(self.stage), *numbers])
+
+    # ---- the clock
+
+    def seconds_left(self):
+        """What is still to do, stage by stage, at the pace measured last. Later rounds cost something else."""
+        units = 0.0
+        for iteration in range(self.iteration, self.config.iterations):
+            for stage, count in work(self.config, iteration).items():
+                if iteration == self.iteration:
+                    if STAGES.index(stage) < STAGES.index(self.stage):
+                        continue
+                    if stage == self.stage:
+                        count = max(0, count - self.update)
+                units += count * self.rates[stage]
+        return units
+
+
+def clock(seconds):
+    """Seconds -> h:mm:ss."""
+    minutes, s = divmod(int(round(seconds)), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{s:02d}"
+
+
+def write_table(path, columns, rows):
+    """Rows of figures -> CSV, whole or not at all; a figure that an iteration does not have stays empty."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    for row in rows:
+        writer.writerow([f"{row[c]:.6g}" if c in row and not math.isnan(row[c]) else "" for c in columns])
+    write_atomically(path, text.getvalue().encode())
+
+
+SHARD_ARRAYS = ("frames", "actions", "rewards", "terminated", "truncated")
+
+
+def make_shard(buffer, start, number):
+    """The rows from `start` on as a compressed .npz in memory, with its length and SHA-256."""
+    data = io.BytesIO()
+    np.savez_compressed(data, **{name: getattr(buffer, name)[start:len(buffer)] for name in SHARD_ARRAYS})
+    data = data.getvalue()
+    return {"file": f"experience-{number:02d}.npz", "length": len(buffer) - start,
+            "sha256": hashlib.sha256(data).hexdigest(), "data": data}
+
+
+def read_shard(folder, shard):
+    """Arrays of one shard, refused unless every bit is as it was written."""
+    path = folder / shard["file"]
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}, which the checkpoint names: {error.strerror}") from None
+    if hashlib.sha256(data).hexdigest() != shard["sha256"]:
+        raise UserError(f"{path} was altered: its SHA-256 is not the one in the checkpoint")
+    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+        return {{"frames": "frame", "actions": "action", "rewards": "reward"}.get(n, n): arrays[n]
+                for n in SHARD_ARRAYS}
+
+
+# Columns of metrics.csv. Averages are over all updates of the stage.
+METRICS = {
+    "iteration": "1 .. 15", "interactions": "real steps so far (x4 = frames)",
+    "collect_episodes": "episodes that ended while collecting", "collect_return": "their mean score",
+    "collect_rewards": "share of collected steps with a reward other than 0",
+    "elbo": "nats per observation, of the VQ-VAE's updates", "reconstruction": "-log p(x|z), nats per observation",
+    "commitment": "mean squared distance of encoder output and code", "usage": "share of codes used in a batch",
+    "perplexity": "exp(entropy) of the codes in a batch, 1 .. 128",
+    "foreground_error": "0 perfect, 1 background only, on the newest data",
+    "code_loss": "cross-entropy, nats per code", "code_accuracy": "share of next codes predicted right",
+    "reward_loss": "cross-entropy, nats per step",
+    "reward_accuracy_minus": "share of -1 rewards predicted right", "reward_accuracy_zero": "the same for 0",
+    "reward_accuracy_plus": "the same for +1",
+    "dream_return": "mean sum of rewards in a dream of 50 steps", "policy_loss": "PPO, clipped objective",
+    "value_loss": "PPO, half squared error", "entropy": "of the policy in dreams, nats",
+    "approx_kl": "KL(old, new policy) per update, nats", "clip_fraction": "share of clipped ratios",
+    "real_return": "mean score of the evaluation episodes", "real_std": "their standard deviation",
+    "real_median": "their median", "real_best": "their best", "real_episodes": "how many",
+}
+TIMES = ("iteration", *STAGES)
+
+
+def work(config, iteration):
+    """Units of work of each stage in one iteration: steps, updates, updates, updates, episodes."""
+    first = iteration == 0
+    rows = config.first_interactions + iteration * config.interactions
+    batches = (rows - config.window + 1) // config.window // config.dynamics_batch
+    last = iteration == config.iterations - 1
+    return {
+        "collect": config.first_interactions if first else config.interactions,
+        "warm_up": round(config.scale * config.warmup_epochs *
+                         (config.first_interactions // config.warmup_batch)) if first else 0,
+        "world_model": round(config.scale * config.world_model_epochs[iteration] * batches),
+        "policy": round(config.scale * config.ppo_updates[iteration]),
+        "evaluate": config.final_episodes if last else config.eval_episodes,
+    }
+
+
+# ------------------------------------------------------------------------------------------------------
+# The stages (Section 3.4)
+# ------------------------------------------------------------------------------------------------------
+
+
+def collect(run):
+    """Real experience: a uniformly random policy in the first round, then the policy as the dreams left it.
+
+    Each round starts with a new episode, and cuts the last one (truncated), so a round depends on nothing
+    but its seed. It is over in a minute or so: a kill in the middle of it starts the round again.
+    """
+    c, begun = run.config, time.monotonic()
+    rng = run.numpy_rng()
+    frame = run.env.reset(seed=int(rng.integers(2**31)))
+    start, stack, score, returns = len(run.buffer), np.stack([frame] * 4), 0.0, []
+    steps = c.first_interactions if run.iteration == 0 else c.interactions
+    for step in tqdm(range(steps), desc=f"{run.iteration + 1:2d}/{c.iterations} collect    ", leave=False,
+                     disable=not sys.stderr.isatty(), dynamic_ncols=True):
+        if run.iteration == 0:
+            action = int(rng.integers(run.env.num_actions))
+        else:
+            action = int(run.models.act(stack[None], c.collect_temperature)[0])
+        next_frame, reward, terminated, truncated = run.env.step(action)
+        run.buffer.add(frame, action, reward, terminated, truncated or step == steps - 1)
+        score += reward
+        if terminated or truncated:
+            returns.append(score)
+            next_frame, score = run.env.reset(), 0.0
+            stack = np.stack([next_frame] * 4)
+        else:
+            stack = np.concatenate([stack[1:], next_frame[None]])
+        frame = next_frame
+        if run.stop_signal:
+            run.leave()                             # nothing of this round is on disk: it starts again
+    run.shards.append(make_shard(run.buffer, start, run.iteration + 1))
+    run.add_time(begun)
+    run.rates["collect"] = (time.monotonic() - begun) / steps
+    figures = {"collect_return": np.mean(returns)} if returns else {}
+    rewarded = np.mean(run.buffer.rewards[start:len(run.buffer)] != 0)
+    run.finish_stage("warm_up" if run.iteration == 0 else "world_model", collect_episodes=len(returns),
+                     collect_rewards=rewarded, **figures)
+
+
+def warm_up(run):
+    """Trains the VQ-VAE alone, at a higher learning rate, so that the dynamics has something to predict."""
+    c, order = run.config, None
+    per_epoch = len(run.buffer) // c.warmup_batch
+    for update in run.updates(work(c, run.iteration)["warm_up"]):
+        epoch, batch = divmod(update, per_epoch)
+        if batch == 0 or order is None:             # None: resumed in the middle of an epoch
+            order = run.numpy_rng(epoch).permutation(len(run.buffer))
+        rows = order[batch * c.warmup_batch:(batch + 1) * c.warmup_batch]
+        x = run.models.to_device(run.buffer.stacked(rows))
+        run.add(run.models.vqvae_update(x, c.warmup_lr, c.revive_codes), update)
+    run.finish_stage("world_model")
+
+
+def learn_world_model(run):
+    """Dynamics on windows of real experience; the VQ-VAE, slowed down, in every third step."""
+    c, buffer, order = run.config, run.buffer, None
+    ends = buffer.ends
+    per_epoch = (len(buffer) - c.window + 1) // c.window // c.dynamics_batch
+    for update in run.updates(work(c, run.iteration)["world_model"]):
+        epoch, batch = divmod(update, per_epoch)
+        if batch == 0 or order is None:
+            order = epoch_of_windows(buffer, c, per_epoch, run.numpy_rng(epoch))
+        rows = order[batch]                                              # [B, L]
+        to_device = run.models.to_device
+        vqvae_rows = None
+        if update % c.vqvae_every == c.vqvae_every - 1:
+            chosen = run.numpy_rng(epoch, batch).permutation(rows.size)[:c.vqvae_batch]
+            vqvae_rows = to_device(chosen)
+        run.add(run.models.world_model_update(
+            to_device(buffer.stacked(rows)), to_device(buffer.actions[rows].astype(np.int64)),
+            to_device(buffer.rewards[rows]), to_device(ends[rows]), vqvae_rows), update)
+    foreground = world_model_picture(run)
+    run.finish_stage("policy", foreground_error=foreground)
+
+
+def epoch_of_windows(buffer, config, batches, rng):
+    """One pass over all windows in random order: int64 [batches, B, L].
+
+    With reward_windows > 0, that share of each batch is replaced by windows that hold a reward, where there
+    are any: three rewards among 32,000 steps are otherwise met once per pass and forgotten in between.
+    """
+    windows = rng.permutation(buffer.windows(config.window, rng))
+    order = windows[:batches * config.dynamics_batch].reshape(batches, config.dynamics_batch, config.window)
+    rewarded = windows[(np.round(np.clip(buffer.rewards[windows[:, :-1]], -1, 1)) != 0).any(1)]
+    extra = round(config.reward_windows * config.dynamics_batch)
+    if extra and len(rewarded):
+        order[:, :extra] = rewarded[rng.integers(len(rewarded), size=(batches, extra))]
+    return order
+
+
+def learn_policy(run):
+    """PPO inside the dream, and nowhere else. Every dream starts at a random real observation."""
+    c = run.config
+    for update in run.updates(work(c, run.iteration)["policy"]):
+        rows = run.numpy_rng(update).integers(len(run.buffer), size=c.dreams)
+        run.add(run.models.policy_update(run.models.to_device(run.buffer.stacked(rows))), update)
+    run.finish_stage("evaluate")
+
+
+def play_episodes(models, game, seeds, temperature, stopped=lambda: False):
+    """Plays one whole real episode for each seed, all side by side -> list of scores, None if stopped.
+
+    Up to 30 no-ops, no sticky actions, no life-loss termination, actions sampled from
+    softmax(logits / temperature), the score as the game counts it.
+    """
+    envs = [AtariEnv(game, seed=seed) for seed in seeds]
+    stacks = np.stack([[env.reset()] * 4 for env in envs])                       # [B, 4, 96, 96]
+    scores, playing = np.zeros(len(envs)), np.arange(len(envs))
+    while len(playing):
+        if stopped():
+            return None
+        actions, over = models.act(stacks[playing], temperature), []
+        for i, action in zip(playing, actions):
+            frame, reward, terminated, truncated = envs[i].step(action)
+            scores[i] += reward
+            stacks[i] = np.concatenate([stacks[i, 1:], frame[None]])
+            over.append(terminated or truncated)
+        playing = playing[~np.array(over)]
+    return scores.tolist()
+
+
+def evaluate(run):
+    """The policy in the real game: whole episodes that nothing learns from, in groups of eight."""
+    c = run.config
+    last = run.iteration == c.iterations - 1
+    episodes, group = work(c, run.iteration)["evaluate"], 8
+    while len(run.returns) < episodes:
+        begun, n = time.monotonic(), min(group, episodes - len(run.returns))
+        seeds = [int(s) for s in run.numpy_rng(len(run.returns)).integers(2**31, size=n)]
+        scores = play_episodes(run.models, c.game, seeds, c.eval_temperature, lambda: run.stop_signal is not None)
+        if scores is None:
+            run.leave()
+        run.returns += scores
+        run.update = len(run.returns)
+        run.add_time(begun)
+        run.rates["evaluate"] = (time.monotonic() - begun) / n
+        if len(run.returns) < episodes:
+            run.save()
+    returns = np.array(run.returns)
+    if last:
+        result = {"game": c.game, "preset": c.preset, "seed": c.seed, "interactions": len(run.buffer),
+                  "episodes": len(returns), "protocol": PROTOCOL, "temperature": c.eval_temperature,
+                  "mean": returns.mean(), "std": returns.std(), "median": np.median(returns),
+                  "best": returns.max(), "returns": returns.tolist()}
+        write_atomically(run.folder / "evaluation.json", json.dumps(result, indent=1).encode())
+    if episodes:
+        run.finish_stage("collect", real_return=returns.mean(), real_std=returns.std(),
+                         real_median=np.median(returns), real_best=returns.max(), real_episodes=episodes)
+    else:
+        run.finish_stage("collect")
+    report(run)
+
+
+PROTOCOL = ("sampled actions, up to 30 no-ops at reset, no sticky actions, no life-loss termination, unclipped "
+            "game score, at most 108,000 frames")
+
+
+# ------------------------------------------------------------------------------------------------------
+# What one sees
+# ------------------------------------------------------------------------------------------------------
+
+
+def report(run):
+    """One line for the iteration just finished, and the curves of all of them."""
+    row = run.rows[-1]
+    parts = [f"{row['iteration']:2d}/{run.config.iterations}", f"{row['interactions']:6d} steps"]
+    for name, label, form in (("elbo", "elbo", ".0f"), ("foreground_error", "fg", ".2f"),
+                              ("perplexity", "perplexity", ".0f"), ("code_loss", "code loss", ".3f"),
+                              ("code_accuracy", "acc", ".3f"), ("reward_loss", "reward loss", ".4f"),
+                              ("entropy", "entropy", ".2f"), ("dream_return", "dream return", ".3f"),
+                              ("collect_return", "collected", ".1f"), ("real_return", "real return", ".1f")):
+        if name in row and not math.isnan(row[name]):
+            parts.append(f"{label} {row[name]:{form}}")
+    tqdm.write("  ".join(parts) + f"  | {clock(sum(sum(t[s] for s in STAGES) for t in run.times))}")
+    sys.stdout.flush()
+    progress_picture(run)
+
+
+def save_figure(figure, path):
+    import matplotlib.pyplot as plt
+    data = io.BytesIO()
+    figure.savefig(data, dpi=80)
+    plt.close(figure)
+    try:
+        write_atomically(path, data.getvalue())
+    except OSError as error:
+        tqdm.write(f"warning: {path} could not be written: {error.strerror}", file=sys.stderr)
+
+
+def progress_picture(run):
+    """progress.png: the figures of metrics.csv against real interactions."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(2, 3, figsize=(13, 6.5))
+    panels = (("score in the real game", ("real_return", "collect_return")),
+              ("return of a dream (50 steps)", ("dream_return",)), ("policy entropy (nats)", ("entropy",)),
+              ("foreground error", ("foreground_error",)), ("code accuracy", ("code_accuracy",)),
+              ("reward accuracy", ("reward_accuracy_minus", "reward_accuracy_zero", "reward_accuracy_plus")))
+    for ax, (title, names) in zip(axes.flat, panels):
+        for name, style in zip(names, ("-o", "--s", ":^")):
+            points = [(r["interactions"], r[name]) for r in run.rows if name in r]
+            if points:
+                ax.plot(*zip(*points), style, label=name, markersize=4)
+        ax.set_title(title)
+        ax.set_xlabel("real interactions (x4 = frames)")
+        ax.grid(alpha=0.3)
+        if len(names) > 1 and ax.lines:
+            ax.legend(fontsize=8)
+    figure.suptitle(f"{run.config.game}, preset {run.config.preset}, seed {run.config.seed}")
+    figure.tight_layout()
+    save_figure(figure, run.folder / "progress.png")
+
+
+@torch.no_grad()
+def dream_along(models, codes, actions, context=4):
+    """Open loop: codes int64 [L, 6, 6] and actions int64 [L] of a real episode -> dreamed codes [L, 6, 6].
+
+    The first `context` are the real ones; from there on each is drawn from the prediction of the one before,
+    under the real actions.
+    """
+    state, dreamed = models.dynamics.initial_state(1), [codes[0]]
+    with models.autocast():
+        for t in range(len(codes) - 1):
+            logits, _, state = models.dynamics(models.vqvae.embed(dreamed[t][None]), actions[t:t + 1], state)
+            dreamed.append(codes[t + 1] if t + 1 < context else sample(logits)[0])
+    return torch.stack(dreamed)
+
+
+@torch.no_grad()
+def world_model_picture(run):
+    """world_model_<iteration>.png from the newest experience -> foreground error on 256 of its observations."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    models, buffer, rng = run.models, run.buffer, run.numpy_rng(0, 0, 0)
+    start = len(buffer) - run.shards[-1]["length"]
+    rows = rng.integers(start, len(buffer), size=256)
+    errors, n = [], 64
+    x = torch.cat([models.to_device(buffer.stacked(r)) for r in np.split(rows, 256 // n)])
+    with models.autocast():
+        decoded = torch.cat([models.vqvae.decode(models.vqvae.encode(part)) for part in x.split(n)])
+    foreground = foreground_error(x.float() / 255, decoded)
+
+    # One stretch of real play in which something moves, dreamed along from its fourth observation on.
+    length, context, every = 28, 4, 3
+    length = min(length, len(buffer) - start)
+    starts = rng.integers(start, len(buffer) - length + 1, size=64)
+    inside = [s for s in starts if not buffer.ends[s:s + length - 1].any()] or [starts[0]]
+    motion = [buffer.frames[s:s + length].astype(np.float32).std(0).mean() for s in inside]
+    rows = np.arange(length) + inside[int(np.argmax(motion))]
+    rng_state = torch.get_rng_state()               # the picture's dream must not move the run's dice
+    cuda_state = torch.cuda.get_rng_state(run.device) if run.device.type == "cuda" else None
+    with models.autocast():
+        codes = models.vqvae.encode(models.to_device(buffer.stacked(rows)))
+        actions = models.to_device(buffer.actions[rows].astype(np.int64))
+        dreamed = dream_along(models, codes, actions, context)
+        images = [models.vqvae.decode(z)[:, -1].float().cpu().numpy() for z in (codes, dreamed)]
+    torch.set_rng_state(rng_state)
+    if cuda_state is not None:
+        torch.cuda.set_rng_state(cuda_state, run.device)
+
+    shown = list(range(0, length, every))
+    figure, axes = plt.subplots(5, len(shown), figsize=(1.35 * len(shown), 7.2), squeeze=False)
+    labels = ("real", "reconstructed", "its codes", "dreamed", "its codes")
+    for column, t in enumerate(shown):
+        axes[0, column].imshow(buffer.frames[rows[t]], cmap="gray", vmin=0, vmax=255)
+        axes[1, column].imshow(images[0][t], cmap="gray", vmin=0, vmax=1)
+        axes[2, column].imshow(codes[t].cpu(), cmap="nipy_spectral", vmin=0, vmax=127)
+        axes[3, column].imshow(images[1][t], cmap="gray", vmin=0, vmax=1)
+        axes[4, column].imshow(dreamed[t].cpu(), cmap="nipy_spectral", vmin=0, vmax=127)
+        axes[0, column].set_title("seen" if t < context else f"+{t - context + 1}", fontsize=9)
+        for row in range(5):
+            axes[row, column].set_xticks([])
+            axes[row, column].set_yticks([])
+    for row in range(5):
+        axes[row, 0].set_ylabel(labels[row])
+    figure.suptitle(f"{run.config.game} after {len(buffer)} interactions; +n: dreamed n steps under the real actions; "
+                    f"foreground error {float(foreground):.2f}", fontsize=10)
+    figure.tight_layout()
+    save_figure(figure, run.folder / f"world_model_{run.iteration + 1:02d}.png")
+    return foreground
+
+
+def measure_rates(config, num_actions, repeats=1):
+    """Seconds per unit of work of each stage on this machine, on made-up data: {stage: seconds}."""
+    models = Models(config, num_actions)
+    rng = np.random.default_rng(0)
+
+    def frames(*shape):
+        return models.to_device(rng.integers(0, 256, (*shape, 4, 96, 96), dtype=np.uint8))
+
+    B, L = config.dynamics_batch, config.window
+    windows = frames(B, L), torch.zeros(B, L, dtype=torch.int64, device=models.device), \
+        torch.zeros(B, L, device=models.device), torch.zeros(B, L, dtype=torch.bool, device=models.device)
+    rows = torch.arange(min(config.vqvae_batch, B * L), device=models.device)
+    warm_up_batch, starts = frames(config.warmup_batch), frames(config.dreams)
+    one, eight = (rng.integers(0, 256, (n, 4, 96, 96), dtype=np.uint8) for n in (1, 8))
+    jobs = {
+        "collect": (20, lambda: models.act(one, 1.0)),
+        "warm_up": (2, lambda: models.vqvae_update(warm_up_batch, config.warmup_lr)),
+        "world_model": (1, lambda: models.world_model_update(*windows)),
+        "vqvae": (1, lambda: models.world_model_update(*windows, rows)),
+        "policy": (1, lambda: models.policy_update(starts)),
+        "evaluate": (10, lambda: models.act(eight, 1.0)),
+    }
+    seconds = {}
+    for name, (n, job) in jobs.items():
+        if repeats > 1 or name != "policy":
+            job()                                   # the first call of each pays for one-time work
+        begun = time.monotonic()
+        for _ in range(n * repeats):
+            job()
+        if models.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds[name] = (time.monotonic() - begun) / (n * repeats)
+    emulator = 1.2e-3                               # seconds per step of four frames, until it is measured
+    seconds["collect"] += emulator
+    seconds["evaluate"] = (seconds["evaluate"] + 8 * emulator) / 8 * 1500        # an episode: some 1,500 steps
+    share = 1 / config.vqvae_every
+    seconds["world_model"] = (1 - share) * seconds["world_model"] + share * seconds.pop("vqvae")
+    return seconds
+
+
+# ------------------------------------------------------------------------------------------------------
+# The algorithm, and the command line
+# ------------------------------------------------------------------------------------------------------
+
+
+def train(run):
+    """Section 3.4, "Iterative Training". Each stage ends by naming the next one."""
+    while run.iteration < run.config.iterations:
+        if run.stage == "collect":
+            collect(run)                            # 12,800 steps at first, then 6,400 a round
+        if run.stage == "warm_up":
+            warm_up(run)                            # round 1 only: the VQ-VAE alone
+        if run.stage == "world_model":
+            learn_world_model(run)                  # the dynamics, and the VQ-VAE in every third step
+        if run.stage == "policy":
+            learn_policy(run)                       # PPO, only in dreams
+        if run.stage == "evaluate":
+            evaluate(run)                           # whole real episodes, for us to see
+
+
+def parse(arguments):
+    """Command line -> (namespace of what was given explicitly, set of field names given)."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog="All settings have a default that "
+                                     "depends on --preset; the defaults shown are those of `paper`.")
+    parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
+    parser.add_argument("--override", metavar="FIELD", action="append", default=[],
+                        help=f"with --resume: let this setting change (one of: {', '.join(MAY_CHANGE)})")
+    for f in dataclasses.fields(Config):
+        kind, shown = f.type, f.default
+        if kind is bool:
+            parser.add_argument(f"--{f.name}", metavar="true|false", default=argparse.SUPPRESS, type=boolean,
+                                help=f"{f.metadata['help']} [{str(shown).lower()}]")
+        elif kind is tuple:
+            shown = ",".join(str(v) for v in shown)
+            parser.add_argument(f"--{f.name}", metavar="N,N,..", default=argparse.SUPPRESS, type=numbers,
+                                help=f"{f.metadata['help']} [{shown}]")
+        else:
+            choices = tuple(PRESETS) if f.name == "preset" else None
+            parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, type=kind, choices=choices,
+                                metavar=None if choices else kind.__name__,
+                                help=f"{f.metadata['help']} [{shown}]".replace("%", "%%"))
+    return parser.parse_args(arguments)
+
+
+def boolean(text):
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError("true or false, please")
+    return text.lower() == "true"
+
+
+def numbers(text):
+    """"3,2,1" -> (3, 2, 1); a single number stands for all iterations."""
+    values = tuple(float(v) for v in text.split(","))
+    return tuple(int(v) if v == int(v) else v for v in values)
+
+
+def settings_from(given):
+    """Explicit flags over the preset over the defaults."""
+    has_cuda = torch.cuda.is_available()
+    given.setdefault("preset", "paper" if has_cuda else "small")
+    given.setdefault("device", "cuda" if has_cuda else "cpu")
+    settings = PRESETS[given["preset"]] | given
+    config = Config(**settings)
+    for name in ("world_model_epochs", "ppo_updates"):
+        values = getattr(config, name)
+        if len(values) != config.iterations and (len(values) == 1 or name not in given):
+            # One number stands for every round; a preset's list is cut, or its last number repeated.
+            setattr(config, name, (values + values[-1:] * config.iterations)[:config.iterations])
+    return config
+
+
+def resume_settings(config, given, override):
+    """The checkpoint's settings, changed where --override allows it; UserError names what differs."""
+    for name in override:
+        if name not in MAY_CHANGE:
+            raise UserError(f"--override {name} is not possible; what may change: {', '.join(MAY_CHANGE)}")
+    for name, value in given.items():
+        old = getattr(config, name)
+        if value == old or (name == "out"):
+            continue
+        if name not in override:
+            hint = f"add --override {name} to change it" if name in MAY_CHANGE else "start a new run to change it"
+            raise UserError(f"this run has {name} = {old}, the command line says {value}; {hint}")
+        setattr(config, name, value)
+    return config
+
+
+def start(arguments):
+    """Command line -> a Run, new or resumed, with its folder locked."""
+    given = vars(parse(arguments))
+    folder, override = given.pop("resume"), given.pop("override")
+    if folder is None:
+        config = settings_from(given)
+        check(config)
+        folder = pathlib.Path(config.out) / f"{config.game}-{config.preset}-s{config.seed}"
+        AtariEnv(config.game)                       # an unknown game fails before a folder is made
+        if any(folder.glob("checkpoint*.pt")) or any(folder.glob("experience-*.npz")):
+            raise UserError(f"{folder} already holds a run; go on with it: python train.py --resume {folder}   "
+                            f"(or choose another --out or --seed, or delete it)")
+        state = None
+    else:
+        folder = pathlib.Path(folder)
+        if not folder.is_dir():
+            raise UserError(f"there is no run folder {folder}")
+        if not any(folder.glob("checkpoint*.pt")) and (folder / "config.json").exists():
+            state, saved = None, json.loads((folder / "config.json").read_text())    # killed before its first save
+        else:
+            state, path = newest_checkpoint(folder)
+            saved = state["config"]
+        config = resume_settings(config_from(saved), given, override)
+        check(config)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(folder)
+        free, need = shutil.disk_usage(folder).free, disk_need(config)
+        if free < need:
+            raise UserError(f"{folder} has {free / 2**20:.0f} MB free, this run needs about {need / 2**20:.0f} MB")
+        write_atomically(folder / "config.json", json.dumps(dataclasses.asdict(config), indent=1).encode())
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}") from None
+    run = Run(config, folder, state)
+    run.lock = lock
+    if state is None:
+        run.save()
+    return run
+
+
+def disk_need(config):
+    """Bytes: three checkpoints of weights and two Adam moments, and about 2 kB per compressed frame."""
+    with torch.device("meta"):
+        models = Models(dataclasses.replace(config, device="meta"), 18)
+    weights = sum(t.numel() * t.element_size() for m in models.networks().values() for t in m.state_dict().values())
+    steps = config.first_interactions + config.interactions * (config.iterations - 1)
+    return 3 * 3 * weights + 2000 * steps
+
+
+def main(arguments=None):
+    try:
+        run = start(arguments)
+        c = run.config
+
+        def on_signal(number, frame):
+            if run.stop_signal is not None:
+                os._exit(128 + number)              # the second time: at once
+            run.stop_signal = number
+            print("\nfinishing this update and saving; once more to leave at once", file=sys.stderr)
+
+        signal.signal(signal.SIGINT, on_signal)
+        signal.signal(signal.SIGTERM, on_signal)
+        steps = c.first_interactions + c.interactions * (c.iterations - 1)
+        print(f"{c.game}, preset {c.preset}, {steps:,} interactions ({4 * steps:,} frames) in {c.iterations} rounds, "
+              f"on {c.device}{' with bfloat16' if run.models.use_bf16 else ''}; "
+              f"about {clock(run.seconds_left())} (h:mm:ss) to go; into {run.folder}", flush=True)
+        if run.iteration == c.iterations:
+            print(f"this run is complete; judge it with: python evaluate.py {run.folder}")
+        train(run)
+        print(f"done: python evaluate.py {run.folder}")
+    except (UserError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    except torch.OutOfMemoryError:
+        sys.exit("error: out of GPU memory; lower --warmup_batch, --dynamics_batch, --dreams or --minibatch")
+
+
+if __name__ == "__main__":
+    main()
