@@ -6,11 +6,11 @@ from RGB to grayscale." Everything between the emulator and that sentence is in 
     emulator   210x160 grey        210x160 grey        210x160 grey        210x160 grey
                frame 1 of 4        frame 2 of 4        frame 3 of 4        frame 4 of 4
                                                              \\    pixel-wise max   /
-    AtariEnv                                             area resize -> 96x96 uint8     one step
-    ExperienceBuffer                     the last four such frames, stacked -> x_t      one observation
+    AtariEnv                                             area resize -> 96x96 uint8  one step
+    ExperienceBuffer                     the last four such frames, stacked -> x_t   one observation
 
-One *step* (or interaction) is one decision of the agent = four emulator frames. The 100K interactions
-of the paper are therefore 400K frames, 1.9 hours of play.
+One *step* (or interaction) is one decision of the agent = four emulator frames. The 100K
+interactions of the paper are therefore 400K frames, 1.9 hours of play.
 
     python atari.py --game Pong        # play at random, save a picture of what the network sees
 
@@ -30,14 +30,16 @@ STACK = 4  # frames per observation (Section 3.3)
 
 
 def area_matrix(n_in, n_out):
-    """Rows of overlap fractions: out = area_matrix(n_in, n_out) @ in averages the pixels under each output.
+    """Rows of overlap fractions:
+    out = area_matrix(n_in, n_out) @ in averages the pixels under each output.
 
-    Output pixel i covers the interval [i*s, (i+1)*s) of the input, s = n_in / n_out; its weight on input
-    pixel j is the length of their overlap, divided by s. For 4 -> 3 pixels (s = 4/3):
+    Output pixel i covers the interval [i*s, (i+1)*s) of the input, s = n_in / n_out; its weight on
+    input pixel j is the length of their overlap, divided by s. For 4 -> 3 pixels (s = 4/3):
         [[.75 .25  0   0 ]
          [ 0  .5  .5   0 ]
          [ 0   0  .25 .75]]
-    Returns float32 [n_out, n_in]; each row sums to 1. Equal to OpenCV's INTER_AREA, one axis at a time.
+    Returns float32 [n_out, n_in]; each row sums to 1.
+    Equal to OpenCV's INTER_AREA, one axis at a time.
     """
     scale = n_in / n_out
     left = np.arange(n_out)[:, None] * scale                     # [n_out, 1]
@@ -47,19 +49,22 @@ def area_matrix(n_in, n_out):
 
 
 def make_ale(game, **kwargs):
-    """The bare emulator at 60 frames a second. Raises ValueError naming the nearest games if unknown."""
+    """The bare emulator at 60 frames a second.
+    Raises ValueError naming the nearest games if unknown.
+    """
     names = sorted({spec.split("/")[1][:-3] for spec in gym.registry
                     if spec.startswith("ALE/") and spec.endswith("-v5")})
     if game not in names:
         by_lower = {name.lower(): name for name in names}
-        close = difflib.get_close_matches(str(game).lower().replace("_", ""), by_lower, n=3, cutoff=0.5)
+        close = difflib.get_close_matches(str(game).lower().replace("_", ""), by_lower,
+                                          n=3, cutoff=0.5)
         hint = ", ".join(by_lower[c] for c in close) or "Pong, Freeway, Breakout"
         raise ValueError(f"unknown game {game!r}; the nearest names: {hint}")
     # "-v5" would repeat the last action with probability 0.25 ("sticky actions"); the 100K protocol
     # does not. The minimal action set is the default (full_action_space=False), and losing a life
     # does not end an episode.
-    return gym.make(f"ALE/{game}-v5", frameskip=1, repeat_action_probability=0.0, obs_type="grayscale",
-                    disable_env_checker=True, **kwargs).unwrapped
+    return gym.make(f"ALE/{game}-v5", frameskip=1, repeat_action_probability=0.0,
+                    obs_type="grayscale", disable_env_checker=True, **kwargs).unwrapped
 
 
 class AtariEnv:
@@ -72,8 +77,8 @@ class AtariEnv:
     noop_max    at reset, between 1 and noop_max emulator frames of doing nothing (0: none), so that
                 episodes of these deterministic games differ
 
-    Frames are uint8 [size, size], 0 black, 255 white. `num_actions` is M of the paper (minimal action
-    set of the game), `action_meanings` their names.
+    Frames are uint8 [size, size], 0 black, 255 white. `num_actions` is M of the paper (minimal
+    action set of the game), `action_meanings` their names.
     """
 
     def __init__(self, game, seed=None, size=96, frame_skip=4, noop_max=30):
@@ -81,21 +86,25 @@ class AtariEnv:
         self.game, self.size, self.frame_skip, self.noop_max = game, size, frame_skip, noop_max
         self.num_actions = int(self.ale.action_space.n)
         self.action_meanings = list(self.ale.get_action_meanings())
-        height, width = self.ale.observation_space.shape                 # 210 x 160, some games 250 x 160
+        height, width = self.ale.observation_space.shape     # 210 x 160, some games 250 x 160
         self.rows, self.columns = area_matrix(height, size), area_matrix(width, size).T
         self.seed = seed
         self.rng = np.random.default_rng(seed)
 
     def resize(self, screen):
-        """uint8 [210, 160] -> uint8 [96, 96]: the mean over each output pixel's area, two small products."""
+        """uint8 [210, 160] -> uint8 [96, 96]:
+        the mean over each output pixel's area, two small products.
+        """
         return np.rint(self.rows @ screen.astype(np.float32) @ self.columns).astype(np.uint8)
 
     def reset(self, seed=None):
-        """Starts an episode and returns its first frame, uint8 [size, size]. A seed restarts all randomness."""
+        """Starts an episode and returns its first frame, uint8 [size, size].
+        A seed restarts all randomness.
+        """
         if seed is not None:
             self.seed, self.rng = seed, np.random.default_rng(seed)
         screen, _ = self.ale.reset(seed=self.seed)
-        self.seed = None                                         # seed the emulator once, not each episode
+        self.seed = None                                 # seed the emulator once, not each episode
         if self.noop_max > 0:
             for _ in range(self.rng.integers(1, self.noop_max + 1)):
                 screen, _, terminated, truncated, _ = self.ale.step(0)
@@ -108,7 +117,8 @@ class AtariEnv:
 
         Returns (frame uint8 [size, size], reward float in the game's own points,
                  terminated bool: the game is over,
-                 truncated bool: it was cut after the usual 108,000 emulator frames, 30 minutes of play).
+                 truncated bool: it was cut after the usual 108,000 emulator frames,
+                                 30 minutes of play).
         """
         reward, previous = 0.0, None
         for _ in range(self.frame_skip):
@@ -131,18 +141,18 @@ class ExperienceBuffer:
                                       terminated[t] / truncated[t]: the episode ended *after* a_t,
                                       so row t + 1 is the first frame of another episode.
 
-    The observation x_t is the stack (o_{t-3}, o_{t-2}, o_{t-1}, o_t). Storing x_t would cost four times
-    the memory: 102,400 frames are 944 MB, 102,400 stacks 3.8 GB.
+    The observation x_t is the stack (o_{t-3}, o_{t-2}, o_{t-1}, o_t). Storing x_t would cost four
+    times the memory: 102,400 frames are 944 MB, 102,400 stacks 3.8 GB.
     """
 
     def __init__(self, capacity, size=96):
         self.capacity, self.size = capacity, 0
-        self.frames = np.zeros((capacity, size, size), np.uint8)     # untouched pages cost no memory yet
+        self.frames = np.zeros((capacity, size, size), np.uint8)  # untouched pages cost no memory
         self.actions = np.zeros(capacity, np.uint8)
-        self.rewards = np.zeros(capacity, np.float32)                # the game's own points, unclipped
+        self.rewards = np.zeros(capacity, np.float32)             # the game's own points, unclipped
         self.terminated = np.zeros(capacity, bool)
         self.truncated = np.zeros(capacity, bool)
-        self.start = np.zeros(capacity, np.int64)                    # row of this episode's first frame
+        self.start = np.zeros(capacity, np.int64)                 # row of the episode's first frame
 
     def __len__(self):
         return self.size
@@ -160,13 +170,14 @@ class ExperienceBuffer:
         frame = np.asarray(frame)
         n = 1 if frame.ndim == 2 else len(frame)
         if self.size + n > self.capacity:
-            raise IndexError(f"the buffer holds {self.capacity} steps, {self.size} are in it, {n} more do not fit")
+            raise IndexError(f"the buffer holds {self.capacity} steps, {self.size} are in it, "
+                             f"{n} more do not fit")
         new = slice(self.size, self.size + n)
         self.frames[new], self.actions[new], self.rewards[new] = frame, action, reward
         self.terminated[new], self.truncated[new] = terminated, truncated
 
-        # A row starts an episode if the row before it ended one. The running maximum of the rows that do
-        # is each row's episode start; an open episode goes on from the row before.
+        # A row starts an episode if the row before it ended one. The running maximum of the rows
+        # that do is each row's episode start; an open episode goes on from the row before.
         rows = np.arange(new.start, new.stop)
         before = np.maximum(rows - 1, 0)
         is_first = (rows == 0) | self.terminated[before] | self.truncated[before]
@@ -183,14 +194,15 @@ class ExperienceBuffer:
         indices = np.asarray(indices)
         if indices.size and not (0 <= indices.min() and indices.max() < self.size):
             raise IndexError(f"rows must lie in [0, {self.size})")
-        rows = indices[..., None] - np.arange(STACK - 1, -1, -1)             # [..., 4] = t-3, t-2, t-1, t
+        rows = indices[..., None] - np.arange(STACK - 1, -1, -1)     # [..., 4] = t-3, t-2, t-1, t
         return self.frames[np.maximum(rows, self.start[indices][..., None])]
 
     def windows(self, length, rng):
-        """Cuts the whole buffer into windows of consecutive rows: int64 [n, length], in order of time.
+        """Cuts the whole buffer into windows of consecutive rows:
+        int64 [n, length], in order of time.
 
-        They do not overlap and start at a random offset, so one pass over them is an epoch and no pass
-        cuts at the same places. Windows may span an episode end; `ends` tells where.
+        They do not overlap and start at a random offset, so one pass over them is an epoch and no
+        pass cuts at the same places. Windows may span an episode end; `ends` tells where.
         Empty [0, length] while there is less than one window of data. rng: numpy Generator.
         """
         if self.size < length:
@@ -201,7 +213,8 @@ class ExperienceBuffer:
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Play an Atari game at random; save what the network sees.")
+    parser = argparse.ArgumentParser(description="Play an Atari game at random; "
+                                                 "save what the network sees.")
     parser.add_argument("--game", default="Pong")
     parser.add_argument("--steps", type=int, default=1000, help="steps of four emulator frames")
     parser.add_argument("--seed", type=int, default=0)
@@ -228,19 +241,20 @@ def main():
             returns.append(score)
             frame, score = env.reset(), 0.0
     print(f"{args.game}: M = {env.num_actions} actions: {', '.join(env.action_meanings)}")
-    print(f"{args.steps} random steps = {args.steps * 4} frames, rewarded steps: {np.count_nonzero(buffer.rewards)}, "
-          f"finished episodes: {len(returns)}" + (f", mean score {np.mean(returns):.1f}" if returns else ""))
+    print(f"{args.steps} random steps = {args.steps * 4} frames, "
+          f"rewarded steps: {np.count_nonzero(buffer.rewards)}, finished episodes: {len(returns)}"
+          + (f", mean score {np.mean(returns):.1f}" if returns else ""))
 
     # The raw screen, then one observation: four frames, and in colour what moved between them.
     row = max(args.steps - 1, 0)
-    stack = buffer.stacked([row])[0]                                         # [4, 96, 96]
+    stack = buffer.stacked([row])[0]                                     # [4, 96, 96]
     figure, axes = plt.subplots(1, 6, figsize=(15, 3.1))
     axes[0].imshow(env.ale.ale.getScreenRGB())
     axes[0].set_title("emulator 210x160")
     for i in range(STACK):
         axes[1 + i].imshow(stack[i], cmap="gray", vmin=0, vmax=255)
         axes[1 + i].set_title(f"x_t, frame t-{STACK - 1 - i}" if i < STACK - 1 else "x_t, frame t")
-    motion = np.stack([stack[3], stack[1], stack[0]], axis=-1)               # grey where nothing moves
+    motion = np.stack([stack[3], stack[1], stack[0]], axis=-1)           # grey where nothing moves
     axes[5].imshow(motion)
     axes[5].set_title("motion: t red, t-3 blue")
     for ax in axes:

@@ -1,4 +1,5 @@
-"""One cell of a convolutional LSTM with layer normalisation and peepholes (Section 3.3, "Dynamics").
+"""One cell of a convolutional LSTM with layer normalisation and peepholes
+(Section 3.3, "Dynamics").
 
 An LSTM whose vectors have become maps [B, channels, 6, 6] and whose matrix products have become
 convolutions (Shi et al., 2015): what happens at a place depends on what was near it. Per step t
@@ -29,9 +30,9 @@ import torch.nn.functional as F
 class ConvLSTMCell(nn.Module):
     """The recurrent dynamics p(h_t | z_t, a_t, h_{t-1}) of Table 1 stacks two of these.
 
-    in_channels I, hidden_channels C, kernel_size odd, size (H, W) of the map (the layer norms have one
-    weight per position, so it is fixed). On a 1x1 map without norms and peepholes this is nn.LSTMCell with
-    a forget bias of 1.
+    in_channels I, hidden_channels C, kernel_size odd, size (H, W) of the map (the layer norms have
+    one weight per position, so it is fixed). On a 1x1 map without norms and peepholes this is
+    nn.LSTMCell with a forget bias of 1.
     """
 
     def __init__(self, in_channels, hidden_channels, kernel_size=5, size=(6, 6)):
@@ -41,11 +42,11 @@ class ConvLSTMCell(nn.Module):
         padding = kernel_size // 2
         self.conv_x = nn.Conv2d(in_channels, gates, kernel_size, padding=padding, bias=False)
         self.conv_h = nn.Conv2d(hidden_channels, gates, kernel_size, padding=padding, bias=False)
-        # Input and state are normalised apart: one would otherwise drown the other as their scales drift.
+        # Input and state are normalised apart: else one would drown the other as scales drift.
         self.norm_x = nn.LayerNorm([gates, *self.size])
         self.norm_h = nn.LayerNorm([gates, *self.size])
         self.bias = nn.Parameter(torch.zeros(gates))
-        self.peephole = nn.Parameter(torch.zeros(3, hidden_channels))    # for i, f (old c) and o (new c)
+        self.peephole = nn.Parameter(torch.zeros(3, hidden_channels))    # i, f (old c), o (new c)
 
     def initial_state(self, batch):
         """(h, c) of zeros, each float32 [batch, C, H, W], on the cell's device."""
@@ -53,7 +54,9 @@ class ConvLSTMCell(nn.Module):
         return zeros, zeros
 
     def forward(self, x, state):
-        """x float [B, I, H, W], state (h, c) each [B, C, H, W] in (-1, 1) and R -> the next (h, c)."""
+        """x float [B, I, H, W], state (h, c) each [B, C, H, W] in (-1, 1) and R
+        -> the next (h, c).
+        """
         h, c = state
         p_i, p_f, p_o = self.peephole[:, :, None, None]                  # each [C, 1, 1]
         gates = self.norm_x(self.conv_x(x)) + self.norm_h(self.conv_h(h)) + self.bias[:, None, None]
@@ -77,13 +80,15 @@ def bouncing_balls(batch, steps, size=12):
         hit = (position < 1) | (position > size - 2)
         velocity = torch.where(hit, -velocity, velocity)
         position = position.clamp(1, size - 2)
-        d2 = (grid[None, :, None] - position[:, :1, None]) ** 2 + (grid[None, None] - position[:, 1:, None]) ** 2
+        d2 = ((grid[None, :, None] - position[:, :1, None]) ** 2
+              + (grid[None, None] - position[:, 1:, None]) ** 2)
         film.append(torch.exp(-d2 / 1.5))
     return torch.stack(film, 1)[:, :, None]
 
 
 def main():
-    parser = argparse.ArgumentParser(description="A ConvLSTM cell learns to predict a bouncing ball.")
+    parser = argparse.ArgumentParser(description="A ConvLSTM cell learns to predict "
+                                                 "a bouncing ball.")
     parser.add_argument("--updates", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="convlstm_ball.png")
@@ -93,7 +98,7 @@ def main():
     import matplotlib.pyplot as plt
     torch.manual_seed(args.seed)
 
-    # Watch 5 frames, then live on one's own predictions for the rest: the dream of the paper in miniature.
+    # Watch 5 frames, then live on one's own predictions: the dream of the paper in miniature.
     size, watch, total = 12, 5, 20
     cell = ConvLSTMCell(1, 16, size=(size, size))
     head = nn.Conv2d(16, 1, 1)
@@ -116,7 +121,8 @@ def main():
         nn.utils.clip_grad_norm_(cell.parameters(), 1.0)
         optimizer.step()
         if update % 50 == 0 or update == 1:
-            print(f"update {update:4d}  loss {loss.item():.4f}  {time.time() - start:5.1f} s", flush=True)
+            print(f"update {update:4d}  loss {loss.item():.4f}  {time.time() - start:5.1f} s",
+                  flush=True)
 
     with torch.no_grad():
         film = bouncing_balls(64, total)
@@ -125,7 +131,8 @@ def main():
         still = (film[:, watch - 1:watch] - film[:, 1:]).square().sum((2, 3, 4)).mean(0)
     print("squared error of the prediction, and of 'the ball stays where it was last seen':")
     for t in (watch - 1, watch + 1, watch + 4, total - 2):
-        print(f"  {t - watch + 2:2d} steps after the last real frame: {error[t]:.2f}   still: {still[t]:.2f}")
+        print(f"  {t - watch + 2:2d} steps after the last real frame: {error[t]:.2f}   "
+              f"still: {still[t]:.2f}")
 
     figure, axes = plt.subplots(2, total - 1, figsize=(total - 1, 2.4))
     for t in range(total - 1):

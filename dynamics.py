@@ -1,20 +1,20 @@
-"""The world model's dynamics: what the next codes and the reward will be (Section 3.2-3.3, Figure 3),
-and the dream in which the policy lives.
+"""The world model's dynamics: what the next codes and the reward will be (Section 3.2-3.3,
+Figure 3), and the dream in which the policy lives.
 
 Time alignment, the same everywhere in this repository. Row t of a buffer, a batch or a dream is:
 
     t            0           1           2                  L-1
-    o_t       o_0         o_1         o_2        ...     o_{L-1}        observation, codes z_t
-    a_t          a_0         a_1         a_2     ...                    action chosen at o_t
-    r_t             r_0         r_1         r_2  ...                    reward for a_t, comes with o_{t+1}
-    end_t           e_0         e_1         e_2  ...                    the episode ended after a_t
+    o_t       o_0         o_1         o_2        ...     o_{L-1}  observation, codes z_t
+    a_t          a_0         a_1         a_2     ...              action chosen at o_t
+    r_t             r_0         r_1         r_2  ...              reward for a_t, comes with o_{t+1}
+    end_t           e_0         e_1         e_2  ...              the episode ended after a_t
                    /           /           /
-    h_t   0 --> [cells] --> [cells] --> [cells] --> ...                 step t reads (z_t, a_t, h_{t-1})
+    h_t   0 --> [cells] --> [cells] --> [cells] --> ...           step t reads (z_t, a_t, h_{t-1})
                    |           |           |
-                (z_1,r_0)   (z_2,r_1)   (z_3,r_2)                       and predicts (z_{t+1}, r_t)
+                (z_1,r_0)   (z_2,r_1)   (z_3,r_2)                 and predicts (z_{t+1}, r_t)
 
-    If e_t: z_{t+1} is the first observation of another episode. It can't be predicted, so step t has no
-    code loss (but its reward counts), and step t + 1 starts from h = 0 and the true z_{t+1}.
+    If e_t: z_{t+1} is the first observation of another episode. It can't be predicted, so step t
+    has no code loss (but its reward counts), and step t + 1 starts from h = 0 and the true z_{t+1}.
 
     python dynamics.py       # learn a small world of codes, dream in it, check what was dreamed
 
@@ -32,17 +32,20 @@ from convlstm import ConvLSTMCell
 
 
 def sample(logits, temperature=1.0):
-    """Draws from Cat(Softmax(logits / temperature)) along dimension 1: float [B, K, ...] -> int64 [B, ...].
+    """Draws from Cat(Softmax(logits / temperature)) along dimension 1:
+    float [B, K, ...] -> int64 [B, ...].
 
-    A race: with e_k ~ Exponential(1), the index with the largest p_k / e_k is k with probability p_k. In
-    logs that is the Gumbel-max trick. One pass, no normalisation, no copy to the host.
+    A race: with e_k ~ Exponential(1), the index with the largest p_k / e_k is k with probability
+    p_k. In logs that is the Gumbel-max trick. One pass, no normalisation, no copy to the host.
     """
     race = torch.empty_like(logits, dtype=torch.float32).exponential_()
     return (logits.float() / temperature - race.log()).argmax(1)
 
 
 def reward_class(rewards):
-    """Game rewards, any float shape -> int64 class 0, 1, 2 for -1, 0, 1: clipped and rounded (Section 3.3)."""
+    """Game rewards, any float shape -> int64 class 0, 1, 2 for -1, 0, 1:
+    clipped and rounded (Section 3.3).
+    """
     return rewards.clamp(-1, 1).round().long() + 1
 
 
@@ -64,8 +67,8 @@ class RewardHead(nn.Module):
 class Dynamics(nn.Module):
     """Two ConvLSTM cells and two heads; 6,552,547 parameters for M = 18 (Table 3).
 
-    The action enters as M one-hot planes at both cells and at both heads, "since the action information
-    might get lost during the forward pass" (Figure 3).
+    The action enters as M one-hot planes at both cells and at both heads, "since the action
+    information might get lost during the forward pass" (Figure 3).
     """
 
     def __init__(self, num_actions, num_codes=128, code_dim=32, hidden=128, size=(6, 6)):
@@ -86,31 +89,34 @@ class Dynamics(nn.Module):
         z       float [B, D, 6, 6]    embedded codes of o_t
         action  int64 [B] in [0, M)   a_t
         state   as initial_state      h_{t-1} (and c) of both cells
-        -> code logits [B, K, 6, 6] of z_{t+1}, reward logits [B, 3] of r_t in {-1, 0, 1}, the new state
+        -> code logits [B, K, 6, 6] of z_{t+1}, reward logits [B, 3] of r_t in {-1, 0, 1},
+           the new state
         """
         one_hot = (action[:, None] == torch.arange(self.num_actions, device=z.device)).to(z.dtype)
-        planes = one_hot[:, :, None, None].expand(-1, -1, *z.shape[2:])          # [B, M, 6, 6]
+        planes = one_hot[:, :, None, None].expand(-1, -1, *z.shape[2:])      # [B, M, 6, 6]
         state1 = self.cell1(torch.cat([z, planes], 1), state[0])
         state2 = self.cell2(torch.cat([state1[0], planes], 1), state[1])
-        y = torch.cat([state2[0], planes], 1)                                    # y_t [B, C+M, 6, 6]
+        y = torch.cat([state2[0], planes], 1)                                # y_t [B, C+M, 6, 6]
         return self.code_head(y).float(), self.reward_head(y).float(), (state1, state2)
 
     def loss(self, codes, actions, rewards, ends, embed, context=4, reward_weight=1e-6):
-        """Maximum likelihood of Eq. 6 and 7 over windows of L observations -> (scalar, dict of parts).
+        """Maximum likelihood of Eq. 6 and 7 over windows of L observations
+        -> (scalar, dict of parts).
 
         codes    int64 [B, L, 6, 6]   z_t of L consecutive observations
         actions  int64 [B, L]         a_t; here and below the last column is not needed and not read
         rewards  float [B, L]         r_t as the game pays them
         ends     bool  [B, L]         the episode ended after a_t
         embed    codes [B, 6, 6] -> embedding vectors [B, D, 6, 6]; no gradient flows into it
-        context  the first `context` inputs are true codes; from there on the model reads its own samples,
-                 as it will in the dream
-        reward_weight  the paper scales the reward loss down so that its gradient can't disturb the trunk
-                 (Section 3.4), and raises the head's learning rate
+        context  the first `context` inputs are true codes; from there on the model reads its own
+                 samples, as it will in the dream
+        reward_weight  the paper scales the reward loss down so that its gradient can't disturb the
+                 trunk (Section 3.4), and raises the head's learning rate
 
-        Parts, detached: code_loss (nats per code), reward_loss (nats per step), code_accuracy (share of
-        codes whose most likely value is right), reward_accuracy_minus / _zero / _plus (share of steps with
-        that true reward whose most likely class is right; nan where there was none).
+        Parts, detached: code_loss (nats per code), reward_loss (nats per step),
+        code_accuracy (share of codes whose most likely value is right),
+        reward_accuracy_minus / _zero / _plus (share of steps with that true reward whose most
+        likely class is right; nan where there was none).
         """
         B, L = codes.shape[:2]
         targets = reward_class(rewards[:, :L - 1])                               # [B, L-1]
@@ -118,12 +124,14 @@ class Dynamics(nn.Module):
         z, code_loss, code_right, reward_logits = codes[:, 0], [], [], []
         for t in range(L - 1):
             code_logits, r_logits, state = self(embed(z).detach(), actions[:, t], state)
-            code_loss.append(F.cross_entropy(code_logits, codes[:, t + 1], reduction="none").mean((1, 2)))
-            code_right.append((code_logits.detach().argmax(1) == codes[:, t + 1]).float().mean((1, 2)))
+            code_loss.append(F.cross_entropy(code_logits, codes[:, t + 1],
+                                             reduction="none").mean((1, 2)))
+            code_right.append((code_logits.detach().argmax(1) == codes[:, t + 1])
+                              .float().mean((1, 2)))
             reward_logits.append(r_logits)
 
-            # The next input: the truth while in context and at the first observation of another episode,
-            # else a sample of what was just predicted. (A sample is an integer: no gradient through it.)
+            # The next input: the truth while in context and at the start of another episode,
+            # else a sample of what was just predicted. (It is an integer: no gradient through it.)
             z = codes[:, t + 1]
             if t + 1 >= context:
                 z = torch.where(ends[:, t, None, None], z, sample(code_logits.detach()))
@@ -131,7 +139,7 @@ class Dynamics(nn.Module):
             state = [(h * alive, c * alive) for h, c in state]
 
         reward_logits = torch.stack(reward_logits, 2)                            # [B, 3, L-1]
-        # No code loss across an episode end. (The released code masks with end_{t+1}, one step too late.)
+        # No code loss across an episode end. (The released code masks with end_{t+1}, a step late.)
         inside = (~ends[:, :L - 1]).float()                                      # [B, L-1]
         count = inside.sum().clamp(min=1)
         code_loss = (torch.stack(code_loss, 1) * inside).sum() / count
@@ -151,14 +159,17 @@ class Dynamics(nn.Module):
 def dream(dynamics, embed, policy, start_codes, steps=50, temperature=1.0):
     """Imagined experience: the only experience the policy is ever trained on (Section 3.4).
 
-    start_codes  int64 [B, 6, 6]: codes of real observations, drawn at random from all that was collected
+    start_codes  int64 [B, 6, 6]: codes of real observations, drawn at random from all that was
+                 collected
     embed        codes -> embedding vectors [B, D, 6, 6]
     policy       embedding vectors -> (action logits [B, M], values [B])
     steps        T = 50; then every dreamed episode ends, since the model does not predict ends
-    temperature  above 1 the next codes are drawn from a flatter distribution (Ha & Schmidhuber, Table 2)
+    temperature  above 1 the next codes are drawn from a flatter distribution
+                 (Ha & Schmidhuber, Table 2)
 
-    Returns a dict of tensors with time first: codes [T, B, 6, 6], actions [T, B], log_probs [T, B],
-    values [T, B], rewards float [T, B] in {-1, 0, 1}, dones bool [T, B] (true in the last row only).
+    Returns a dict of tensors with time first: codes [T, B, 6, 6], actions [T, B],
+    log_probs [T, B], values [T, B], rewards float [T, B] in {-1, 0, 1},
+    dones bool [T, B] (true in the last row only).
     """
     B, device = len(start_codes), start_codes.device
     codes, state, rows = start_codes, dynamics.initial_state(B), []
@@ -179,21 +190,23 @@ def dream(dynamics, embed, policy, start_codes, steps=50, temperature=1.0):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Learn the dynamics of a small world made of codes.")
+    parser = argparse.ArgumentParser(description="Learn the dynamics of a small world "
+                                                 "made of codes.")
     parser.add_argument("--updates", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
 
-    # A world of 6x6 cells with a runner (code 1) on empty ground (code 0). Actions 0..3 move it up, down,
-    # left, right, as far as the walls allow; being in row 0 then pays 1, in row 5 costs 1.
+    # A world of 6x6 cells with a runner (code 1) on empty ground (code 0). Actions 0..3 move it
+    # up, down, left, right, as far as the walls allow; being in row 0 then pays 1, row 5 costs 1.
     moves = torch.tensor([[-1, 0], [1, 0], [0, -1], [0, 1]])
     K, D, L, B = 8, 8, 6, 48
 
     def play(batch, length):
         position = torch.randint(6, (batch, 2))
         actions = torch.randint(4, (batch, length))
-        codes, rewards = torch.zeros(batch, length, 36, dtype=torch.int64), torch.zeros(batch, length)
+        codes, rewards = (torch.zeros(batch, length, 36, dtype=torch.int64),
+                          torch.zeros(batch, length))
         for t in range(length):
             codes[:, t].scatter_(1, (position[:, 0] * 6 + position[:, 1])[:, None], 1)
             position = (position + moves[actions[:, t]]).clamp(0, 5)
@@ -209,7 +222,8 @@ def main():
     # As in train.py: the reward loss is scaled by 1e-6, Adam undoes the scale for the head alone.
     head = list(dynamics.reward_head.parameters())
     trunk = [p for name, p in dynamics.named_parameters() if not name.startswith("reward_head")]
-    optimizer = torch.optim.Adam([{"params": trunk, "lr": 1e-3}, {"params": head, "lr": 1e-3, "eps": 1e-14}])
+    optimizer = torch.optim.Adam([{"params": trunk, "lr": 1e-3},
+                                  {"params": head, "lr": 1e-3, "eps": 1e-14}])
     ends = torch.zeros(B, L, dtype=torch.bool)
     start = time.time()
     for update in range(1, args.updates + 1):
@@ -233,9 +247,10 @@ def main():
     position = torch.stack([place // 6, place % 6], 2)
     expected = (position[:-1] + moves[batch["actions"][:-1]]).clamp(0, 5)       # [T-1, B, 2]
     moved_right = (position[1:] == expected).all(2)
-    paid_right = batch["rewards"][:-1] == (expected[..., 0] == 0).float() - (expected[..., 0] == 5).float()
-    print(f"in 64 dreams of 50 steps: exactly one runner in {one_runner.float().mean():.1%} of the frames, "
-          f"moved as the action says in {moved_right.float().mean():.1%} of the steps, "
+    paid_right = batch["rewards"][:-1] == ((expected[..., 0] == 0).float()
+                                           - (expected[..., 0] == 5).float())
+    print(f"in 64 dreams of 50 steps: exactly one runner in {one_runner.float().mean():.1%} of "
+          f"the frames, moved as the action says in {moved_right.float().mean():.1%} of the steps, "
           f"paid as it should be in {paid_right.float().mean():.1%}")
 
 

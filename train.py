@@ -38,7 +38,7 @@ from tqdm import tqdm
 from atari import AtariEnv, ExperienceBuffer
 from dynamics import Dynamics, dream, sample
 from ppo import ActorCritic, ppo_update
-from vqvae import VQVAE, foreground_error
+from vqvae import VQVAE, foreground_error, foreground_weight
 
 # ------------------------------------------------------------------------------------------------------
 # Settings
@@ -74,8 +74,11 @@ class Config:
     max_logit: float = setting(15.9, "pixel logits are clamped to +- this (what torch.distributions does)")
     vqvae_lr: float = setting(1e-4, "Adam's learning rate after the warm-up (released)")
     warmup_lr: float = setting(1e-3, "Adam's learning rate in the warm-up, 'higher' (paper 3.4; value released)")
+    warmup_lr_end: float = setting(1e-3, "the warm-up's learning rate falls to this, linearly (ours)")
     warmup_epochs: float = setting(50, "passes over the first observations, VQ-VAE alone (paper 3.4)")
     warmup_batch: int = setting(40, "observations per warm-up update (released)")
+    foreground: float = setting(0.0, "extra weight of pixels off the background, a tenth of it in the end (ours)")
+    commitment: float = setting(0.25, "weight of the commitment loss, a mean over elements (released)")
     revive_codes: bool = setting(False, "warm-up starts codes at encoder outputs, moves unused ones there (ours)")
     vqvae_every: int = setting(3, "after the warm-up, update the VQ-VAE in every n-th step (paper 3.4)")
     vqvae_batch: int = setting(44, "observations of each of those updates; 44: all of the window batch (released)")
@@ -118,13 +121,14 @@ class Config:
 PRESETS = {
     "paper": {},
     "small": dict(
-        vqvae_width=0.5, warmup_epochs=7, warmup_batch=12, revive_codes=True, vqvae_batch=16,
-        hidden=64, dynamics_batch=16, reward_windows=0.25,
+        vqvae_width=0.5, warmup_epochs=7, warmup_batch=12, warmup_lr_end=1e-4, foreground=40,
+        commitment=50, revive_codes=True, vqvae_batch=16, hidden=64, dynamics_batch=16, reward_windows=0.25,
         world_model_epochs=(3.5, 2.3, 1.7, 1.4, 1.2, 1.0, 0.87, 0.77, 0.7, 0.63, 0.58, 0.54, 0.5, 0.46, 0.43),
         policy_width=0.5, dreams=64, ppo_updates=(45,) * 15, eval_episodes=4),
     "smoke": dict(
         iterations=2, first_interactions=400, interactions=200,
-        vqvae_width=0.25, warmup_epochs=6, warmup_batch=12, revive_codes=True, vqvae_batch=8, hidden=16,
+        vqvae_width=0.25, warmup_epochs=6, warmup_batch=12, warmup_lr_end=1e-4, foreground=40,
+        commitment=50, revive_codes=True, vqvae_batch=8, hidden=16,
         world_model_epochs=(2, 1.5), policy_width=0.25, dreams=8, ppo_updates=(3, 3),
         eval_episodes=1, final_episodes=1),
 }
@@ -185,9 +189,11 @@ class Models:
         self.config, self.device = config, torch.device(config.device)
         self.use_bf16 = config.bf16 and has_bf16(self.device)
         with self.device:
-            self.vqvae = VQVAE(width=config.vqvae_width, max_logit=config.max_logit)
+            self.vqvae = VQVAE(width=config.vqvae_width, commitment=config.commitment,
+                               max_logit=config.max_logit)
             self.dynamics = Dynamics(num_actions, hidden=config.hidden)
             self.policy = ActorCritic(num_actions, width=config.policy_width)
+        self.background = torch.zeros(96, 96, dtype=torch.uint8, device=self.device)
         self.vqvae.eval()                           # train() only around its own updates: batch norms
         # The reward loss is scaled down by reward_weight for the trunk's sake. Adam divides the scale out
         # again for the head, whose eps must shrink with it.
@@ -222,12 +228,13 @@ class Models:
         loss.backward()
         self.optimizers[name].step()
 
-    def vqvae_update(self, x, lr, revive=False):
+    def vqvae_update(self, x, lr, foreground=0.0, revive=False):
         """One gradient step of the VQ-VAE on observations uint8 [B, 4, 96, 96] -> parts of its loss."""
         self.optimizers["vqvae"].param_groups[0]["lr"] = lr
+        weight = foreground_weight(x, self.background, foreground) if foreground else None
         self.vqvae.train()
         with self.autocast():
-            loss, parts = self.vqvae.loss(x, revive)
+            loss, parts = self.vqvae.loss(x, revive, weight)
         self.step("vqvae", loss)
         self.vqvae.eval()
         return parts
@@ -242,7 +249,7 @@ class Models:
         flat = x.flatten(0, 1)
         parts = {}
         if vqvae_rows is not None:
-            parts = self.vqvae_update(flat[vqvae_rows], self.config.vqvae_lr)
+            parts = self.vqvae_update(flat[vqvae_rows], self.config.vqvae_lr, 0.1 * self.config.foreground)
         with self.autocast():
             codes = self.vqvae.encode(flat).view(B, L, 6, 6)     # the targets move with the VQ-VAE (3.4)
             loss, dynamics_parts = self.dynamics.loss(codes, actions, rewards, ends, self.vqvae.embed,
@@ -286,14 +293,19 @@ def sync_folder(folder):
         os.close(descriptor)
 
 
-def write_atomically(path, data):
-    """Bytes -> file, so that at any moment the path holds all of the old or all of the new content."""
+def write_atomically(path, data, keep=None):
+    """Bytes -> file, so that at any moment the path holds all of the old or all of the new content.
+
+    keep: the old file gets this name, once the new one is whole on the disk.
+    """
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            os.replace(path, keep)
         os.replace(temporary, path)
     except OSError:
         temporary.unlink(missing_ok=True)
@@ -346,7 +358,7 @@ def newest_checkpoint(folder):
             for problem in problems:
                 print(f"warning: {problem}; going on from {name}", file=sys.stderr)
             return state, folder / name
-    raise UserError("; ".join(problems) or f"{folder} holds no checkpoint")
+    raise UserError("; ".join(problems) or f"{folder} holds no checkpoint; start a run without --resume")
 
 
 def config_from(state):
@@ -425,16 +437,9 @@ class Run:
                     del shard["data"]
             buffer = io.BytesIO()
             torch.save(self.state(), buffer)
-            data = buffer.getbuffer()
-            path = self.folder / "checkpoint.pt"
-            fresh = self.folder / "checkpoint-new.pt"
-            write_atomically(fresh, data)           # whole on the disk before the older ones are touched
-            if path.exists():
-                os.replace(path, self.folder / "checkpoint-previous.pt")
-            os.replace(fresh, path)
-            sync_folder(self.folder)
-            write_table(self.folder / "metrics.csv", METRICS, self.rows)
-            write_table(self.folder / "times.csv", TIMES, self.times)
+            write_atomically(self.folder / "checkpoint.pt", buffer.getbuffer(),
+                             keep=self.folder / "checkpoint-previous.pt")
+            self.write_tables()
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise UserError(f"cannot write {self.folder}: {error.strerror}; the last checkpoint is "
@@ -444,6 +449,10 @@ class Run:
             tqdm.write(f"warning: the disk of {self.folder} is full: a checkpoint needs about {need:.0f} MB. The "
                        f"last one is untouched; training goes on and tries again at the next save.", file=sys.stderr)
         self.saved_at = time.monotonic()
+
+    def write_tables(self):
+        write_table(self.folder / "metrics.csv", METRICS, self.rows)
+        write_table(self.folder / "times.csv", TIMES, self.times)
 
     def check_finite(self):
         """Stops the run before a NaN or infinity can reach a checkpoint."""
@@ -500,7 +509,7 @@ class Run:
         if len(self.rows) <= self.iteration:
             self.rows.append({"iteration": self.iteration + 1, "interactions": len(self.buffer)})
         self.check_finite()
-        averages = {k: float(v[0] / v[1]) for k, v in self.sums.items()}
+        averages = {k: float(v[0] / v[1]) for k, v in self.sums.items() if v[1] > 0}
         self.rows[self.iteration] |= averages | {k: float(v) for k, v in figures.items()}
         self.sums, self.update, self.returns = {}, 0, []
         finished, seconds = self.stage, self.times[self.iteration][self.stage]
@@ -544,7 +553,7 @@ def write_table(path, columns, rows):
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
     for row in rows:
-        writer.writerow([f"{row[c]:.6g}" if c in row and not math.isnan(row[c]) else "" for c in columns])
+        writer.writerow([f"{row[c]:.6g}" if c in row else "" for c in columns])
     write_atomically(path, text.getvalue().encode())
 
 
@@ -658,21 +667,32 @@ def collect(run):
 def warm_up(run):
     """Trains the VQ-VAE alone, at a higher learning rate, so that the dynamics has something to predict."""
     c, order = run.config, None
-    per_epoch = len(run.buffer) // c.warmup_batch
-    for update in run.updates(work(c, run.iteration)["warm_up"]):
+    run.models.background = background(run)
+    per_epoch, total = len(run.buffer) // c.warmup_batch, work(c, run.iteration)["warm_up"]
+    for update in run.updates(total):
         epoch, batch = divmod(update, per_epoch)
         if batch == 0 or order is None:             # None: resumed in the middle of an epoch
             order = run.numpy_rng(epoch).permutation(len(run.buffer))
         rows = order[batch * c.warmup_batch:(batch + 1) * c.warmup_batch]
         x = run.models.to_device(run.buffer.stacked(rows))
-        run.add(run.models.vqvae_update(x, c.warmup_lr, c.revive_codes), update)
+        # The learning rate falls all the way; the foreground's weight holds for half of it, then falls.
+        done = update / total
+        lr = c.warmup_lr + (c.warmup_lr_end - c.warmup_lr) * done
+        foreground = c.foreground * 0.1 ** min(max((done - 0.5) / 0.4, 0), 1)
+        run.add(run.models.vqvae_update(x, lr, foreground, c.revive_codes), update)
     run.finish_stage("world_model")
+
+
+def background(run):
+    """uint8 [96, 96]: per pixel the median over some 800 frames of all experience so far."""
+    frames = run.buffer.frames[:len(run.buffer)]
+    return run.models.to_device(np.median(frames[::-(-len(frames) // 800)], 0).astype(np.uint8))
 
 
 def learn_world_model(run):
     """Dynamics on windows of real experience; the VQ-VAE, slowed down, in every third step."""
     c, buffer, order = run.config, run.buffer, None
-    ends = buffer.ends
+    ends, run.models.background = buffer.ends, background(run)
     per_epoch = (len(buffer) - c.window + 1) // c.window // c.dynamics_batch
     for update in run.updates(work(c, run.iteration)["world_model"]):
         epoch, batch = divmod(update, per_epoch)
@@ -787,7 +807,7 @@ def report(run):
                               ("code_accuracy", "acc", ".3f"), ("reward_loss", "reward loss", ".4f"),
                               ("entropy", "entropy", ".2f"), ("dream_return", "dream return", ".3f"),
                               ("collect_return", "collected", ".1f"), ("real_return", "real return", ".1f")):
-        if name in row and not math.isnan(row[name]):
+        if name in row:
             parts.append(f"{label} {row[name]:{form}}")
     tqdm.write("  ".join(parts) + f"  | {clock(sum(sum(t[s] for s in STAGES) for t in run.times))}")
     sys.stdout.flush()
@@ -1064,6 +1084,8 @@ def start(arguments):
     run.lock = lock
     if state is None:
         run.save()
+    else:
+        run.write_tables()                          # cut back to where the checkpoint stands
     return run
 
 
@@ -1099,6 +1121,8 @@ def main(arguments=None):
         print(f"done: python evaluate.py {run.folder}")
     except (UserError, ValueError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:                       # before there was anything to save
+        sys.exit(130)
     except torch.OutOfMemoryError:
         sys.exit("error: out of GPU memory; lower --warmup_batch, --dynamics_batch, --dreams or --minibatch")
 

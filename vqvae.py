@@ -131,7 +131,21 @@ def decoder_trunk(out_channels, code_dim, widths):
     for c_out in [*reversed(widths[:-1]), out_channels]:    # 6 -> 12 -> 24 -> 48 -> 96
         layers += [nn.ConvTranspose2d(c, c_out, 4, stride=2, padding=1), nn.ReLU()]
         c = c_out
-    return nn.Sequential(*layers[:-1])                      # the last layer's outputs are logits
+    decoder = nn.Sequential(*layers[:-1])                   # the last layer's outputs are logits
+
+    # Without norms the decoder's signal lives on its initial weights alone. PyTorch's default would shrink
+    # its variance six times a layer; He et al. (2015) keeps it. (The paper says nothing of initial weights.)
+    # A stride of 2 leaves 4 of a transposed convolution's 16 taps for each output pixel.
+    for layer in decoder.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight)
+        elif isinstance(layer, nn.ConvTranspose2d):
+            nn.init.normal_(layer.weight, std=math.sqrt(2 / (4 * layer.in_channels)))
+            nn.init.zeros_(layer.bias)
+    with torch.no_grad():
+        for layer in [decoder[-1], *(m.conv2 for m in decoder if isinstance(m, ResidualBlock))]:
+            layer.weight *= 0.3                             # start near grey, blocks near the identity
+    return decoder
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -251,11 +265,12 @@ class VQVAE(nn.Module):
         """Codes int64 [B,6,6] -> images float32 [B,C,H,W] in [0,1]: the mean of p(x | z)."""
         return continuous_bernoulli_mean(self.logits(self.embed(codes)))
 
-    def loss(self, x, revive=False):
-        """-ELBO + commitment on observations [B,C,H,W], uint8 or float in [0,1] -> (scalar, dict of parts).
+    def loss(self, x, revive=False, weight=None):
+        """-ELBO + commitment on observations [B,C,H,W], uint8 or float in [0,1] -> (scalar, dict).
 
         In training mode the codebook moves (and with `revive` its unused codes are put to use); in
-        evaluation mode nothing changes. Parts, all detached scalars, in nats per observation where not said:
+        evaluation mode nothing changes. weight [B,C,H,W] multiplies each pixel's -log p in the scalar
+        (None: the ELBO proper), never in the parts. Parts, all detached scalars, in nats per observation where not said:
           elbo            log p(x | z) - KL, sum over 36,864 pixels, mean over the batch
           reconstruction  -log p(x | z)
           kl              36 log 128 = 174.67: q(z | x) is certain, the prior uniform ("Constant KL", 3.4)
@@ -276,7 +291,9 @@ class VQVAE(nn.Module):
         # Straight-through: forward z_q, backward as if the quantiser were the identity.
         z_st = z_e + (z_q - z_e).detach()
 
-        nll = continuous_bernoulli_nll(self.logits(z_st), x).sum() / len(x)
+        pixels = continuous_bernoulli_nll(self.logits(z_st), x)                  # [B, C, H, W]
+        nll = pixels.sum() / len(x)
+        weighted = nll if weight is None else (pixels * weight).sum() / len(x)
         num_codes = len(self.codebook.codes)
         kl = codes[0].numel() * math.log(num_codes)
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
@@ -289,12 +306,22 @@ class VQVAE(nn.Module):
                 "commitment": commitment, "usage": (share > 0).float().mean(),
                 "perplexity": torch.exp(-torch.xlogy(share, share).sum()),
             }
-        return nll + kl + self.commitment * commitment, {k: v.detach() for k, v in parts.items()}
+        return weighted + kl + self.commitment * commitment, {k: v.detach() for k, v in parts.items()}
 
 
 def to_unit(x):
     """uint8 images 0..255 -> float32 in [0, 1]; floats pass. On x's device: bytes are cheaper to copy there."""
     return x.float() / 255 if x.dtype == torch.uint8 else x
+
+
+def foreground_weight(x, background, weight):
+    """1 + weight where a pixel differs from the background, 1 elsewhere: [B,C,H,W] for `loss`.
+
+    x uint8 [B,C,H,W], background uint8 [H,W], e.g. the median of many frames. A ball of 3 pixels is worth
+    13 nats of 11,000, but only once it is drawn in the right place: knowing just its cell of 16x16
+    pixels gains next to nothing, so plain likelihood hardly ever starts to learn it.
+    """
+    return 1 + weight * ((x.float() - background.float()).abs() > 10)
 
 
 def foreground_error(images, reconstructions, threshold=0.04):

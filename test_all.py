@@ -1,0 +1,1169 @@
+"""A guided tour of the repository, in the order in which the data flows; every stop is a check.
+
+    atari -> vqvae -> convlstm -> dynamics -> ppo -> train and evaluate -> the house itself
+
+Each test names the claim it checks: a section, equation or table of the paper (Robine et al., 2020),
+or a promise of one of our files. It holds the code against something that can be trusted: a
+definition written as a plain loop, 40-digit arithmetic, torch's own modules, the published numbers.
+
+    python -m pytest test_all.py                 # about two minutes on one core
+    python -m pytest test_all.py -k codebook     # only the stops with this word in their name
+"""
+import collections
+import contextlib
+import csv
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import types
+
+import gymnasium as gym
+import mpmath                                  # comes with torch
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import evaluate
+import train
+from atari import AtariEnv, ExperienceBuffer, area_matrix
+from convlstm import ConvLSTMCell
+from dynamics import Dynamics, dream, reward_class, sample
+from ppo import ActorCritic, gae, ppo_loss, ppo_update
+from vqvae import (VQVAE, Codebook, continuous_bernoulli_mean, continuous_bernoulli_nll,
+                   foreground_error)
+
+HERE = pathlib.Path(__file__).resolve().parent
+torch.set_num_threads(1)                       # for networks this small, threads only wait
+
+
+# ----------------------------------------------------------------------------------------------
+# atari.py: what is an observation?
+# ----------------------------------------------------------------------------------------------
+
+
+def test_area_resize_is_the_mean_over_each_output_pixels_area():
+    """atari.py: 210x160 -> 96x96 by area, as OpenCV's INTER_AREA, within one grey level."""
+    screen = np.random.default_rng(0).integers(0, 256, (210, 160), dtype=np.uint8)
+    sy, sx = 210 / 96, 160 / 96                # every output pixel is 2.1875 x 1.6667 input pixels
+    expected = np.zeros((96, 96))
+    for i in range(96):
+        for j in range(96):
+            for y in range(int(i * sy), min(210, math.ceil((i + 1) * sy))):
+                for x in range(int(j * sx), min(160, math.ceil((j + 1) * sx))):
+                    height = min((i + 1) * sy, y + 1) - max(i * sy, y)
+                    width = min((j + 1) * sx, x + 1) - max(j * sx, x)
+                    expected[i, j] += max(height, 0) * max(width, 0) / (sy * sx) * screen[y, x]
+    env = AtariEnv("Pong")
+    assert env.resize(screen).dtype == np.uint8
+    assert np.abs(env.resize(screen) - expected).max() < 0.501       # rounded, not cut
+    assert (env.resize(np.full((210, 160), 137, np.uint8)) == 137).all()
+    # The worked example of the docstring.
+    np.testing.assert_allclose(area_matrix(4, 3), [[.75, .25, 0, 0], [0, .5, .5, 0],
+                                                   [0, 0, .25, .75]], atol=1e-6)
+
+
+def test_equal_seeds_and_actions_give_equal_frames():
+    """atari.py, AtariEnv: uint8 [96, 96] frames that the seed and the actions determine."""
+    first, second, other = (AtariEnv("Pong", seed=s) for s in (5, 5, 6))
+    frames = [env.reset() for env in (first, second, other)]
+    assert frames[0].shape == (96, 96) and frames[0].dtype == np.uint8
+    played = [[], [], []]
+    for action in np.random.default_rng(0).integers(6, size=40):
+        for env, film in zip((first, second, other), played):
+            film.append(env.step(action)[0])
+    assert np.array_equal(played[0], played[1])
+    assert not np.array_equal(played[0], played[2])                  # another number of no-ops
+    assert np.array_equal(first.reset(seed=5), frames[0])            # a seed restarts all randomness
+
+
+def test_a_step_is_four_frames_and_shows_the_brighter_of_the_last_two():
+    """Section 3.3 and the Atari 100K protocol: skip 4, maximum over the last 2, rewards summed."""
+    env = AtariEnv("Pong", noop_max=0)
+    bare = gym.make("ALE/Pong-v5", frameskip=1, repeat_action_probability=0, obs_type="grayscale")
+    screen, _ = bare.reset(seed=3)
+    assert np.array_equal(env.reset(seed=3), env.resize(screen))     # noop_max=0: the very first
+    maximum_matters, total = False, 0
+    for action in np.random.default_rng(0).integers(6, size=120):
+        screens, rewards = [], []
+        for _ in range(4):
+            screen, reward, *_ = bare.step(action)
+            screens.append(screen)
+            rewards.append(reward)
+        frame, reward, terminated, truncated = env.step(action)
+        assert np.array_equal(frame, env.resize(np.maximum(screens[2], screens[3])))
+        assert reward == sum(rewards) and not terminated and not truncated
+        maximum_matters |= not np.array_equal(frame, env.resize(screens[3]))
+        total += reward
+    assert maximum_matters and total < 0                             # or nothing was tested
+
+
+def test_up_to_30_noops_at_reset():
+    """The Atari 100K protocol: 1 to 30 frames of doing nothing, so that episodes differ."""
+    env = AtariEnv("Freeway", seed=0)
+    frames = []
+    for _ in range(40):
+        env.reset()
+        frames.append(env.ale.ale.getEpisodeFrameNumber())
+    assert min(frames) >= 1 and max(frames) <= 30 and len(set(frames)) > 10
+
+
+def test_minimal_actions_and_no_sticky_ones():
+    """Section 3.3, "M": the minimal action set of each game of Table 4; no action repeats."""
+    counts = dict(BankHeist=18, Breakout=4, CrazyClimber=9, Freeway=3, Pong=6, Seaquest=18)
+    assert set(counts) == set(evaluate.PUBLISHED)
+    for game, count in counts.items():
+        env = AtariEnv(game)
+        assert env.num_actions == len(env.action_meanings) == count
+        assert env.ale.ale.getFloat("repeat_action_probability") == 0
+
+
+def test_losing_a_life_does_not_end_an_episode():
+    """The Atari 100K protocol: Breakout has five lives and one episode."""
+    env = AtariEnv("Breakout", seed=0)
+    env.reset()
+    lives = []
+    while not lives or lives[-1] > 1:
+        _, _, terminated, truncated = env.step(1)                    # serve, and leave the ball alone
+        lives.append(env.ale.ale.lives())
+        assert not terminated and not truncated
+    assert lives[0] == 5
+
+
+def test_a_lost_game_is_terminated_and_a_cut_one_truncated():
+    """atari.py, step: the end of the game and the limit of 108,000 frames are told apart."""
+    env = AtariEnv("Pong", seed=0)
+    env.reset()
+    score, terminated, truncated = 0, False, False
+    while not (terminated or truncated):
+        _, reward, terminated, truncated = env.step(0)
+        score += reward
+    assert (score, terminated, truncated) == (-21, True, False)      # the game's own, unclipped score
+
+    # Half an hour of play takes a minute here, so the same limit of the emulator is set lower.
+    assert env.ale.ale.getInt("max_num_frames_per_episode") == 108_000
+    env.ale.ale.setInt("max_num_frames_per_episode", 100)
+    env.reset()
+    for _ in range(26):
+        _, _, terminated, truncated = env.step(0)
+        if truncated:
+            break
+    assert truncated and not terminated
+    assert env.ale.ale.getEpisodeFrameNumber() == 100
+
+
+def test_an_unknown_game_names_its_neighbours():
+    """atari.py: a typo is answered with the nearest names."""
+    with pytest.raises(ValueError, match="'Pogn'.*Pong"):
+        AtariEnv("Pogn")
+
+
+def filled_buffer(rng, n=300):
+    """A buffer of 2x2 frames that hold their row number, with random episode ends."""
+    buffer = ExperienceBuffer(n, size=2)
+    frames = np.arange(n)[:, None, None] * np.ones((2, 2))
+    frames = (frames % 256).astype(np.uint8)
+    terminated, truncated = rng.random(n) < 0.1, rng.random(n) < 0.05
+    row = 0
+    while row < n:                             # in pieces of every size, single rows among them
+        size = min(int(rng.integers(1, 9)), n - row)
+        new = slice(row, row + size) if size > 1 else row
+        buffer.add(frames[new], rng.integers(6, size=size)[0], 1.0, terminated[new], truncated[new])
+        row += size
+    return buffer, frames, terminated, truncated
+
+
+def test_stacks_never_reach_into_the_episode_before():
+    """Section 3.3, "the last four frames": at an episode's start its first frame repeats."""
+    buffer, frames, terminated, truncated = filled_buffer(np.random.default_rng(0))
+    assert terminated.any() and truncated.any()
+    assert np.array_equal(buffer.ends, terminated | truncated)
+    assert np.array_equal(buffer.terminated, terminated)             # kept apart
+    expected = []
+    for t in range(len(buffer)):
+        stack = [t]
+        while len(stack) < 4:
+            before = stack[0] - 1
+            is_same = before >= 0 and not terminated[before] and not truncated[before]
+            stack.insert(0, before if is_same else stack[0])
+        expected.append(frames[stack])
+    expected = np.array(expected)                                    # [N, 4, 2, 2]
+    assert np.array_equal(buffer.stacked(np.arange(300)), expected)
+    rows = np.random.default_rng(1).integers(300, size=(7, 11))      # any shape of indices
+    assert np.array_equal(buffer.stacked(rows), expected[rows])
+    with pytest.raises(IndexError):
+        buffer.stacked([300])
+
+
+def test_adding_one_by_one_or_all_at_once_is_the_same():
+    """atari.py, ExperienceBuffer.add: with or without a leading axis."""
+    rng, n = np.random.default_rng(0), 60
+    columns = (rng.integers(256, size=(n, 2, 2), dtype=np.uint8), rng.integers(6, size=n),
+               rng.normal(size=n).astype(np.float32), rng.random(n) < 0.2, rng.random(n) < 0.1)
+    single, batched = ExperienceBuffer(n, size=2), ExperienceBuffer(n, size=2)
+    for row in zip(*columns):
+        single.add(*row)
+    batched.add(*(c[:1] for c in columns))
+    batched.add(*(c[1:] for c in columns))
+    assert len(single) == len(batched) == n
+    for name, column in zip(("frames", "actions", "rewards", "terminated", "truncated"), columns):
+        assert np.array_equal(getattr(single, name), column)
+        assert np.array_equal(getattr(batched, name), column)
+    assert np.array_equal(single.start, batched.start) and len(set(single.start)) > 5
+
+
+def test_windows_are_consecutive_apart_and_cut_elsewhere_each_time():
+    """facts.md 3: one epoch is one pass over non-overlapping windows of 11 at a random offset."""
+    buffer, rng, offsets = filled_buffer(np.random.default_rng(0))[0], np.random.default_rng(2), set()
+    for _ in range(200):
+        windows = buffer.windows(11, rng)
+        assert windows.shape[1] == 11 and (np.diff(windows, axis=1) == 1).all()
+        assert (np.diff(windows.flatten()) == 1).all()               # the next begins where one ends
+        assert 0 <= windows.min() and windows.max() < len(buffer)
+        offset = windows[0, 0]
+        assert len(windows) == (300 - offset) // 11                  # nothing is left out
+        offsets.add(int(offset))
+    assert offsets == set(range(11))
+    assert buffer.windows(301, rng).shape == (0, 301)
+    assert buffer.windows(300, rng).tolist() == [list(range(300))]
+
+
+def test_all_experience_fits_into_a_gigabyte():
+    """Section 4, 100K interactions: 102,400 single frames in under 1 GB; one more is refused."""
+    buffer = ExperienceBuffer(102_400)
+    assert sum(v.nbytes for v in vars(buffer).values() if isinstance(v, np.ndarray)) < 1e9
+    full, frame = ExperienceBuffer(3, size=2), np.zeros((2, 2), np.uint8)
+    for _ in range(3):
+        full.add(frame, 0, 0.0, False, False)
+    with pytest.raises(IndexError, match="3 steps"):
+        full.add(frame, 0, 0.0, False, False)
+    assert len(full) == 3
+
+
+# ----------------------------------------------------------------------------------------------
+# vqvae.py: the continuous Bernoulli, the counts of Table 3, the codebook
+# ----------------------------------------------------------------------------------------------
+
+
+def test_continuous_bernoulli_is_a_density_with_the_mean_we_show():
+    """Section 3.3, "continuous Bernoulli": integrates to 1; its mean is not the sigmoid."""
+    nodes, weights = np.polynomial.legendre.leggauss(200)            # exact for these integrands
+    x, w = torch.tensor((nodes + 1) / 2), torch.tensor(weights / 2)
+    for logit in (-60., -16., -3., -0.9, -1e-3, 0., 1e-6, 0.3, 1., 8., 60.):
+        logits = torch.full_like(x, logit)
+        density = torch.exp(-continuous_bernoulli_nll(logits, x))
+        assert abs((density * w).sum().item() - 1) < 1e-7
+        mean = continuous_bernoulli_mean(torch.tensor(logit, dtype=torch.float64)).item()
+        assert abs((density * x * w).sum().item() - mean) < 1e-7
+    assert abs(continuous_bernoulli_mean(torch.tensor(2.)).item() - 0.657) < 5e-4
+    assert torch.sigmoid(torch.tensor(2.)) > 0.88                    # the usual mistake
+
+
+def test_continuous_bernoulli_is_exact_from_minus_60_through_0_to_60():
+    """vqvae.py: value and gradient within 1e-5 relative of 40-digit arithmetic, in float32."""
+    sizes = (0, 1e-8, 1e-4, .01, .1, .3, .7, .99, .999, 1, 1.001, 1.1, 2, 4, 8, 15.9, 25, 60)
+    logits = torch.tensor(sorted({s * v for v in sizes for s in (-1., 1.)}), requires_grad=True)
+    for x in (0., 0.2, 0.5, 0.75, 1.):
+        xs = torch.full_like(logits, x)
+        values = continuous_bernoulli_nll(logits, xs)
+        grads, = torch.autograd.grad(values.sum(), logits)
+        for l, x_, value, grad in zip(*(v.tolist() for v in (logits, xs, values, grads))):
+            with mpmath.workdps(40):
+                l = mpmath.mpf(l)
+                log_a = mpmath.log(mpmath.expm1(l) / l) if l else mpmath.mpf(0)
+                mean = 1 / (1 - mpmath.exp(-l)) - 1 / l if l else mpmath.mpf(0.5)
+                true_value, true_grad = log_a - x_ * l, mean - x_
+                assert abs(value - true_value) <= 1e-5 * abs(true_value), (l, x_)
+                assert abs(grad - true_grad) <= 1e-5 * abs(true_grad), (l, x_)
+
+
+def test_continuous_bernoulli_agrees_with_torch():
+    """Section 3.3: torch.distributions.ContinuousBernoulli, where that is exact."""
+    logits = torch.tensor([-8., -3., -1.2, -.5, .5, .8, 1., 2., 8.], dtype=torch.float64)
+    for x in (0., 0.1, 0.5, 0.9, 1.):
+        x = torch.full_like(logits, x)
+        theirs = torch.distributions.ContinuousBernoulli(logits=logits)
+        torch.testing.assert_close(continuous_bernoulli_nll(logits, x), -theirs.log_prob(x))
+        torch.testing.assert_close(continuous_bernoulli_mean(logits), theirs.mean)
+    x = torch.tensor([0.3], requires_grad=True)                      # d(-log p)/dx = -logit
+    continuous_bernoulli_nll(torch.tensor([2.]), x).sum().backward()
+    assert x.grad.item() == -2
+
+
+def test_tables_2_and_3_to_the_digit():
+    """Tables 2 and 3, for M = 18 actions.
+
+    They count parameters *and* persistent buffers: running mean, variance and step counter of each
+    batch norm, and the codebook with its moving averages, which encoder and decoder both need.
+    """
+    def count(module):
+        return sum(v.numel() for v in module.state_dict().values())
+
+    vqvae, dynamics, policy = VQVAE(), Dynamics(18), ActorCritic(18)
+    codebook = count(vqvae.codebook)
+    world_model = count(vqvae) + count(dynamics)
+    assert codebook == 12_417
+    assert count(vqvae.encoder) + codebook == 2_027_658              # "Encoder"
+    assert count(vqvae.decoder) + codebook == 2_087_269              # "Decoder"
+    assert count(vqvae) == 4_102_510                                 # "VQ-VAE"
+    assert count(dynamics) == 6_552_547                              # "Dynamics network"
+    assert count(policy) == 1_303_571                                # "Policy network"
+    assert world_model == 10_655_057                                 # "World model", Table 2
+    assert world_model + count(policy) == 11_958_628                 # "training"
+    assert count(vqvae.encoder) + codebook + count(policy) == 3_331_229     # "inference"
+
+
+def test_nearest_code_against_brute_force():
+    """Section 3.3, "vector quantized": the nearest of all codes in Euclidean distance."""
+    torch.manual_seed(0)
+    book, z = Codebook(16, 5), torch.randn(50, 5)
+    book.codes.mul_(torch.rand(16, 1) * 3)                           # of very different lengths
+    for vector, index in zip(z, book.nearest(z).tolist()):
+        distances = [sum((a - b) ** 2 for a, b in zip(vector.tolist(), code))
+                     for code in book.codes.tolist()]
+        assert index == min(range(16), key=distances.__getitem__)
+
+
+def test_codebook_moving_averages_against_the_formulas():
+    """van den Oord et al., Appendix A.1, both averages debiased: loops over codes and vectors."""
+    torch.manual_seed(0)
+    K, D, decay, eps = 6, 3, 0.99, 1e-5
+    book = Codebook(K, D, decay, eps)
+    usage, sums = np.zeros(K), np.zeros((K, D))
+    for t in range(1, 6):
+        z, assigned = torch.randn(20, D), torch.randint(K - 1, (20,))        # nobody uses the last
+        book.update(z, F.one_hot(assigned, K).float())
+        for i in range(K):
+            mine = z[assigned == i].double().numpy()
+            usage[i] = decay * usage[i] + (1 - decay) * len(mine)
+            sums[i] = decay * sums[i] + (1 - decay) * mine.sum(0)
+        n, m = usage / (1 - decay ** t), sums / (1 - decay ** t)
+        n = (n + eps) / (n.sum() + K * eps) * n.sum()                # Laplace smoothing
+        np.testing.assert_allclose(book.codes, m / n[:, None], rtol=1e-4, atol=1e-5)
+        if t == 1:                             # debiased, so at once where the vectors are
+            for i in assigned.unique():
+                torch.testing.assert_close(book.codes[i], z[assigned == i].mean(0),
+                                           rtol=1e-4, atol=1e-5)
+
+
+def small_vqvae(**settings):
+    torch.manual_seed(0)
+    return VQVAE(width=0.125, num_codes=128, **settings), torch.rand(6, 4, 96, 96)
+
+
+def test_codebook_moves_in_training_only():
+    """vqvae.py, loss: evaluation leaves codes, averages and batch norms as they are."""
+    vqvae, x = small_vqvae()
+    for training in (False, True):
+        before = {k: v.clone() for k, v in vqvae.state_dict().items()}
+        vqvae.train(training).loss(x)
+        moved = {k for k, v in vqvae.state_dict().items() if not torch.equal(v, before[k])}
+        if training:
+            assert {"codebook.codes", "codebook.sums", "codebook.usage", "codebook.step",
+                    "encoder.1.running_mean"} <= moved
+        else:
+            assert not moved
+
+
+def test_gradient_reaches_the_encoder_as_if_nothing_were_quantised():
+    """van den Oord et al., Eq. 2: straight-through gradient, plus the commitment's 2 (z_e - z_q)."""
+    vqvae, x = small_vqvae()
+    vqvae.eval()
+    kept = []
+    handle = vqvae.encoder.register_forward_hook(lambda m, i, out: out.retain_grad() or kept.append(out))
+    loss, _ = vqvae.loss(x)
+    handle.remove()
+    loss.backward()
+    z_e = kept[0]
+    z_q = vqvae.embed(vqvae.encode(x)).requires_grad_()
+    nll = continuous_bernoulli_nll(vqvae.logits(z_q), x).sum() / len(x)
+    straight, = torch.autograd.grad(nll, z_q)
+    pull = 0.25 * 2 * (z_e - z_q).detach() / z_e.numel()
+    torch.testing.assert_close(z_e.grad, straight + pull, rtol=1e-4, atol=1e-5)
+    assert pull.abs().max() > 1e-4 and straight.abs().max() > 1e-2   # both are seen by the check
+    assert all(p.grad.abs().max() > 0 for p in vqvae.encoder.parameters())
+
+
+def test_codes_of_an_observation_do_not_depend_on_its_company():
+    """vqvae.py, encode: the same codes alone or in a batch, in training or evaluation mode."""
+    vqvae, x = small_vqvae()
+    vqvae.train().loss(x)                      # batch norms that are neither fresh nor this batch's
+    together = vqvae.train().encode(x)
+    assert vqvae.training                      # and the mode comes back
+    alone = torch.cat([vqvae.eval().encode(image[None]) for image in x])
+    assert not vqvae.training
+    assert together.shape == (6, 6, 6) and together.dtype == torch.int64
+    assert torch.equal(together, alone) and len(together.unique()) > 3
+    as_bytes = (x * 255).round().byte()
+    assert torch.equal(vqvae.encode(as_bytes), vqvae.encode(as_bytes.float() / 255))
+
+
+def test_decoding_gives_images_by_the_mean():
+    """vqvae.py, decode: [B, 4, 96, 96] in [0, 1], the distribution's mean and not its sigmoid."""
+    vqvae, _ = small_vqvae()
+    codes = torch.randint(128, (2, 6, 6))
+    embedded = vqvae.embed(codes)
+    assert torch.equal(embedded[1, :, 2, 5], vqvae.codebook.codes[codes[1, 2, 5]])
+    with torch.no_grad():
+        vqvae.decoder[-1].weight.mul_(300)     # black and white, up to the clamp
+    images = vqvae.decode(codes)
+    assert images.shape == (2, 4, 96, 96) and 0 <= images.min() < 0.1 and 0.9 < images.max() <= 1
+    assert torch.equal(images, continuous_bernoulli_mean(vqvae.logits(embedded)))
+
+
+def test_logits_end_at_the_clamp():
+    """facts.md 7: the density is unbounded at exact black, so the logits must not be."""
+    vqvae, _ = small_vqvae(max_logit=7.5)
+    with torch.no_grad():
+        vqvae.decoder[-1].bias.copy_(torch.tensor([-1e4, 1e4, 0., 1.]))
+    logits = vqvae.logits(vqvae.embed(torch.zeros(1, 6, 6, dtype=torch.int64)))
+    assert (logits[:, 0] == -7.5).all() and (logits[:, 1] == 7.5).all()
+    assert (logits[:, 2:].abs() < 7.5).all()
+    assert VQVAE(width=0.125).max_logit == 15.9
+
+
+def test_vqvae_loss_and_its_parts():
+    """Section 3.4, "Constant KL": KL is 36 log 128; usage and perplexity against direct counts."""
+    vqvae, x = small_vqvae()
+    loss, parts = vqvae.eval().loss(x)
+    assert abs(parts["kl"].item() - 36 * math.log(128)) < 1e-3
+    codes = vqvae.encode(x)
+    pixels = continuous_bernoulli_nll(vqvae.logits(vqvae.embed(codes)), x)
+    torch.testing.assert_close(parts["reconstruction"], pixels.sum((1, 2, 3)).mean())
+    torch.testing.assert_close(parts["elbo"], -parts["reconstruction"] - parts["kl"])
+    commitment = (vqvae.features(x) - vqvae.embed(codes)).square().mean()
+    torch.testing.assert_close(parts["commitment"], commitment)
+    torch.testing.assert_close(loss, -parts["elbo"] + 0.25 * commitment)
+    counts = collections.Counter(codes.flatten().tolist())
+    shares = [n / codes.numel() for n in counts.values()]
+    assert len(counts) > 3
+    assert abs(parts["usage"].item() - len(counts) / 128) < 1e-6
+    assert abs(parts["perplexity"].item() - math.exp(-sum(p * math.log(p) for p in shares))) < 1e-3
+
+
+def test_revive_puts_unused_codes_on_encoder_outputs():
+    """vqvae.py, Codebook.revive: only unused codes move, onto vectors that the encoder gives."""
+    torch.manual_seed(0)
+    book, z = Codebook(8, 3), torch.randn(40, 3)
+
+    def is_a_vector(code):
+        return (code == z).all(1).any().item()
+
+    book.revive(z)                             # before the first update nobody has been used
+    assert all(is_a_vector(code) for code in book.codes)
+    book.update(z, F.one_hot(torch.arange(40) % 5, 8).float())       # codes 5, 6, 7 are unused
+    before = book.codes.clone()
+    book.revive(z)
+    assert torch.equal(book.codes[:5], before[:5])
+    assert [is_a_vector(code) for code in book.codes] == [False] * 5 + [True] * 3
+    # Through the next update, unused again, they stay about where they were put.
+    revived = book.codes.clone()
+    book.update(z, F.one_hot(torch.arange(40) % 5, 8).float())
+    torch.testing.assert_close(book.codes[5:], revived[5:], rtol=1e-2, atol=1e-2)
+
+
+def test_foreground_error_is_one_for_the_background_and_zero_for_perfect():
+    """facts.md 7: the figure that sees whether the ball is there."""
+    torch.manual_seed(0)
+    background = torch.rand(1, 1, 8, 8).expand(9, -1, -1, -1)
+    images = background.clone()
+    for i in range(9):
+        images[i, 0, i % 8, 3] = 1 - images[i, 0, i % 8, 3].round()  # something small that moves
+    assert foreground_error(images, images) == 0
+    assert foreground_error(images, background) == pytest.approx(1)
+    halfway = (images + background) / 2
+    assert foreground_error(images, halfway) == pytest.approx(0.25)
+    grey = images + 0.02 * (images == background)                    # errors elsewhere do not count
+    assert foreground_error(images, grey) == 0
+
+
+# ----------------------------------------------------------------------------------------------
+# convlstm.py: the recurrent cell
+# ----------------------------------------------------------------------------------------------
+
+
+def test_convlstm_on_a_1x1_map_is_torchs_lstm_cell():
+    """Section 3.3, "convolutional LSTM": without norms and peepholes, torch.nn.LSTMCell."""
+    torch.manual_seed(0)
+    cell, theirs = ConvLSTMCell(5, 7, size=(1, 1)), torch.nn.LSTMCell(5, 7)
+    cell.norm_x = cell.norm_h = torch.nn.Identity()
+    with torch.no_grad():
+        cell.bias.normal_()
+        theirs.weight_ih.copy_(cell.conv_x.weight[:, :, 2, 2])       # the rest meets the padding
+        theirs.weight_hh.copy_(cell.conv_h.weight[:, :, 2, 2])
+        theirs.bias_ih.copy_(cell.bias)
+        theirs.bias_ih[7:14] += 1                                    # the forget gate's bias of 1
+        theirs.bias_hh.zero_()
+    state, their_state = cell.initial_state(3), (torch.zeros(3, 7), torch.zeros(3, 7))
+    for _ in range(4):
+        x = torch.randn(3, 5)
+        state, their_state = cell(x[:, :, None, None], state), theirs(x, their_state)
+        for ours, reference in zip(state, their_state):
+            torch.testing.assert_close(ours[:, :, 0, 0], reference)
+
+
+def test_convlstm_norms_and_peepholes_by_hand():
+    """Shi et al., 2015, with layer norm: the formulas of convlstm.py, pixel by pixel in float64."""
+    torch.manual_seed(0)
+    B, I, C, H, W = 2, 3, 2, 3, 4
+    cell = ConvLSTMCell(I, C, kernel_size=3, size=(H, W)).double()
+    assert not cell.peephole.any() and not cell.bias.any()           # they start at zero
+    for p in cell.parameters():
+        torch.nn.init.normal_(p)
+    x, h, c = (torch.randn(B, n, H, W, dtype=torch.float64) for n in (I, C, C))
+    new_h, new_c = cell(x, (h, c))
+
+    def convolved_and_normed(image, weight, norm):                   # [channels, H, W] -> [4C, H, W]
+        out = np.zeros((4 * C, H, W))
+        for k, y, x_, i, dy, dx in np.ndindex(4 * C, H, W, len(image), 3, 3):
+            if 0 <= y + dy - 1 < H and 0 <= x_ + dx - 1 < W:
+                out[k, y, x_] += weight[k, i, dy, dx] * image[i, y + dy - 1, x_ + dx - 1]
+        out = (out - out.mean()) / np.sqrt(out.var() + 1e-5)         # over all of channels and map
+        return out * norm.weight.detach().numpy() + norm.bias.detach().numpy()
+
+    def sigmoid(a):
+        return 1 / (1 + np.exp(-a))
+
+    w_x, w_h, bias, peep = (p.detach().numpy() for p in (cell.conv_x.weight, cell.conv_h.weight,
+                                                         cell.bias, cell.peephole))
+    for b in range(B):
+        pre = convolved_and_normed(x[b].numpy(), w_x, cell.norm_x) \
+            + convolved_and_normed(h[b].numpy(), w_h, cell.norm_h) + bias[:, None, None]
+        for k in range(C):
+            old = c[b, k].numpy()
+            i = sigmoid(pre[k] + peep[0, k] * old)
+            f = sigmoid(pre[C + k] + peep[1, k] * old + 1)
+            new = f * old + i * np.tanh(pre[2 * C + k])
+            o = sigmoid(pre[3 * C + k] + peep[2, k] * new)           # sees the new cell
+            np.testing.assert_allclose(new_c[b, k].detach(), new, rtol=1e-9, atol=1e-12)
+            np.testing.assert_allclose(new_h[b, k].detach(), o * np.tanh(new), rtol=1e-9, atol=1e-12)
+    first = ConvLSTMCell(4, 5).initial_state(3)
+    assert all(s.shape == (3, 5, 6, 6) and s.dtype == torch.float32 and not s.any() for s in first)
+
+
+# ----------------------------------------------------------------------------------------------
+# dynamics.py: what comes next, and the dream
+# ----------------------------------------------------------------------------------------------
+
+M, K, D = 3, 8, 4                              # a small world: actions, codes, code dimensions
+
+
+def small_world(B=3, L=6):
+    """(dynamics, embed, batch of codes, actions, rewards, ends) with no episode end in it."""
+    torch.manual_seed(0)
+    dynamics, vectors = Dynamics(M, num_codes=K, code_dim=D, hidden=6), torch.randn(K, D)
+    batch = [torch.randint(K, (B, L, 6, 6)), torch.randint(M, (B, L)),
+             torch.randint(-2, 3, (B, L)).float(), torch.zeros(B, L, dtype=torch.bool)]
+    return dynamics, lambda codes: F.embedding(codes, vectors).permute(0, 3, 1, 2), batch
+
+
+def test_one_step_of_the_dynamics():
+    """Eq. 4, 6, 7 and Figure 3: shapes, and the action enters at both cells and both heads."""
+    dynamics, embed, (codes, actions, _, _) = small_world()
+    state = dynamics.initial_state(3)
+    code_logits, reward_logits, new_state = dynamics(embed(codes[:, 0]), actions[:, 0], state)
+    assert code_logits.shape == (3, K, 6, 6) and reward_logits.shape == (3, 3)
+    assert [s.shape for cell in new_state for s in cell] == [(3, 6, 6, 6)] * 4
+    for module in (dynamics.cell1, dynamics.cell2, dynamics.code_head, dynamics.reward_head):
+        seen = []
+        handle = module.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+        for action in range(M):
+            dynamics(embed(codes[:, 0]), torch.full((3,), action), state)
+        handle.remove()
+        for action, x in enumerate(seen):      # the last M planes are its one-hot vector
+            planes = F.one_hot(torch.tensor(action), M).float()[None, :, None, None]
+            assert torch.equal(x[:, -M:], planes.expand(3, M, 6, 6))
+
+
+def test_rewards_become_three_classes():
+    """Section 3.3: clip to [-1, 1], round to the nearest integer; class 0 is -1."""
+    rewards = torch.tensor([-200., -1., -0.6, -0.4, 0., 0.4, 0.6, 1., 7.])
+    assert reward_class(rewards).tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+
+
+def test_dynamics_loss_against_plain_loops():
+    """Eq. 6 and 7, maximum likelihood: one sequence, one step, one code at a time."""
+    dynamics, embed, (codes, actions, rewards, ends) = small_world()
+    ends[0, 2] = ends[2, 0] = ends[2, 4] = True
+    loss, parts = dynamics.loss(codes, actions, rewards, ends, embed, context=6, reward_weight=0.3)
+    code_losses, code_right, reward_losses, reward_right = [], [], [], {0: [], 1: [], 2: []}
+    for b in range(3):
+        state = dynamics.initial_state(1)
+        for t in range(5):
+            code_logits, reward_logits, state = dynamics(embed(codes[b:b + 1, t]),
+                                                         actions[b:b + 1, t], state)
+            if ends[b, t]:                     # the next observation is of another episode:
+                state = dynamics.initial_state(1)                    # nothing to remember,
+            else:                                                    # and it is not predicted
+                log_p = code_logits[0].log_softmax(0)
+                for y, x in np.ndindex(6, 6):
+                    target = codes[b, t + 1, y, x].item()
+                    code_losses.append(-log_p[target, y, x].item())
+                    code_right.append(log_p[:, y, x].argmax().item() == target)
+            target = int(min(max(rewards[b, t].item(), -1), 1)) + 1
+            reward_losses.append(-reward_logits[0].log_softmax(0)[target].item())
+            reward_right[target].append(reward_logits[0].argmax().item() == target)
+    assert parts["code_loss"].item() == pytest.approx(np.mean(code_losses), rel=1e-5)
+    assert parts["reward_loss"].item() == pytest.approx(np.mean(reward_losses), rel=1e-5)
+    assert loss.item() == pytest.approx(np.mean(code_losses) + 0.3 * np.mean(reward_losses), rel=1e-5)
+    assert parts["code_accuracy"].item() == pytest.approx(np.mean(code_right), rel=1e-5)
+    for k, name in enumerate(("minus", "zero", "plus")):
+        assert parts[f"reward_accuracy_{name}"].item() == pytest.approx(np.mean(reward_right[k]))
+    _, parts = dynamics.loss(codes, actions, rewards.clamp(min=0), ends, embed)
+    assert parts["reward_accuracy_minus"].isnan()                    # there was none: not 0, not 1
+
+
+def test_no_code_loss_across_an_episode_end():
+    """Section 3.4, "Episodic Environments": no loss where the target is another episode's."""
+    dynamics, embed, (codes, actions, rewards, ends) = small_world()
+
+    def code_loss(codes, actions=actions, rewards=rewards, ends=ends):
+        return dynamics.loss(codes, actions, rewards, ends, embed, context=6)[1]["code_loss"].item()
+
+    other = codes.clone()
+    other[:, 5] = (codes[:, 5] + 1) % K        # row 5 is the last target, and no input
+    assert code_loss(other) != code_loss(codes)
+    ends[:, 4] = True                          # row 4 is the last of its episode
+    assert code_loss(other) == code_loss(codes)
+    # The last column says what follows row 5, which nothing here predicts.
+    later = ends.clone()
+    later[:, 5] = True
+    assert code_loss(codes, ends=later) == code_loss(codes)
+    # Where every step crosses an end there is nothing to learn, and no 0 / 0.
+    assert code_loss(codes, ends=torch.ones_like(ends)) == 0
+
+
+def predictions(dynamics, embed, batch, context=6):
+    """The code logits of each step of one loss, and the codes that each step was given."""
+    logits, inputs = [], []
+    handle = dynamics.register_forward_hook(lambda m, i, out: logits.append(out[0].detach()))
+    torch.manual_seed(1)
+    dynamics.loss(*batch, lambda codes: inputs.append(codes.clone()) or embed(codes), context=context)
+    handle.remove()
+    return logits, inputs
+
+
+def test_state_is_zeroed_at_an_episode_end():
+    """facts.md 3: what was before an end has no influence on predictions after it."""
+    dynamics, embed, batch = small_world()
+    batch[3][0, 1] = True                      # sequence 0: an end after row 1; the others: none
+    changed = [v.clone() for v in batch]
+    changed[0][:, 0] = (changed[0][:, 0] + 1) % K
+    before, after = (predictions(dynamics, embed, b)[0] for b in (batch, changed))
+    for t in range(5):
+        same = [torch.equal(before[t][b], after[t][b]) for b in range(3)]
+        assert same == [t > 1, False, False]
+
+
+def test_after_the_context_the_model_reads_its_own_samples():
+    """facts.md 3: 4 true inputs, then sampled predictions, and the truth again after an end."""
+    dynamics, embed, batch = small_world(L=9)
+    codes, _, _, ends = batch
+    ends[1, 5] = True
+    _, inputs = predictions(dynamics, embed, batch, context=4)
+    assert len(inputs) == 8
+    for t, given in enumerate(inputs):
+        is_true = [torch.equal(given[b], codes[b, t]) for b in range(3)]
+        assert is_true == [t < 4, t < 4 or t == 6, t < 4]
+    # True codes beyond the context are targets only; true codes within it steer the samples.
+    later, early = [v.clone() for v in batch], [v.clone() for v in batch]
+    later[0][0, 4:] = (later[0][0, 4:] + 1) % K
+    early[0][0, 3] = (early[0][0, 3] + 1) % K
+    after_later = predictions(dynamics, embed, later, context=4)[1]
+    after_early = predictions(dynamics, embed, early, context=4)[1]
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(inputs, after_later))
+    assert not torch.equal(inputs[4][0], after_early[4][0])
+    # They are samples of the prediction: with one code certain, it is what comes.
+    with torch.no_grad():
+        dynamics.code_head.bias[5] += 100
+    _, inputs = predictions(dynamics, embed, batch, context=4)
+    assert (inputs[4] == 5).all() and (inputs[7] == 5).all()
+
+
+def test_samples_follow_the_softmax():
+    """Eq. 6 to 8, Cat(Softmax(.)): frequencies of 40,000 draws, and at temperature 2."""
+    torch.manual_seed(0)
+    logits, n = torch.tensor([1., -1., 0.3, 2., -0.5]), 40_000
+    for temperature in (1.0, 2.0):
+        counts = sample(logits.expand(n, 5), temperature).bincount(minlength=5)
+        expected = n * torch.softmax(logits.double() / temperature, 0)
+        chi_square = ((counts - expected) ** 2 / expected).sum().item()
+        assert chi_square < 18.5               # exceeded once in a thousand, 4 degrees of freedom
+    peaked = F.one_hot(torch.randint(K, (2, 6, 6)), K).permute(0, 3, 1, 2) * 100.
+    assert torch.equal(sample(peaked), peaked.argmax(1))             # along dimension 1
+
+
+def test_dream():
+    """Section 3.4: starts at real codes, 50 steps, sampled codes and rewards, then it ends."""
+    dynamics, embed, (codes, _, _, _) = small_world(B=5)
+    policy = ActorCritic(M, code_dim=D, width=0.1)
+    torch.nn.init.normal_(policy.actor.weight)
+    calls = []
+    handle = dynamics.register_forward_hook(lambda m, args, out: calls.append((args, out)))
+    torch.manual_seed(3)
+    batch = dream(dynamics, embed, policy, codes[:, 0], steps=12)
+    handle.remove()
+    assert torch.equal(batch["codes"][0], codes[:, 0])
+    assert {k: tuple(v.shape) for k, v in batch.items()} == {
+        "codes": (12, 5, 6, 6), **{k: (12, 5) for k in ("actions", "log_probs", "values", "rewards",
+                                                        "dones")}}
+    assert batch["dones"][-1].all() and not batch["dones"][:-1].any()
+    assert set(batch["rewards"].unique().tolist()) == {-1, 0, 1}
+    assert not any(v.requires_grad for v in batch.values())
+    # Actions, log-probabilities and values are the policy's on the codes of the same row (Eq. 8).
+    for t in range(12):
+        logits, values = policy(embed(batch["codes"][t]))
+        distribution = torch.distributions.Categorical(logits=logits)
+        torch.testing.assert_close(batch["log_probs"][t], distribution.log_prob(batch["actions"][t]))
+        torch.testing.assert_close(batch["values"][t], values)
+    # Step t reads (z_t, a_t, h_{t-1}), and h begins at zero (Eq. 4).
+    assert not any(s.any() for cell in calls[0][0][2] for s in cell)
+    for t, ((z, action, state), _) in enumerate(calls):
+        assert torch.equal(z, embed(batch["codes"][t])) and torch.equal(action, batch["actions"][t])
+        assert t == 0 or state is calls[t - 1][1][2]
+    torch.manual_seed(3)
+    again = dream(dynamics, embed, policy, codes[:, 0], steps=12)
+    assert all(torch.equal(batch[k], again[k]) for k in batch)       # the seed decides everything
+
+
+def test_dream_draws_codes_and_rewards_from_the_predictions():
+    """Eq. 6 and 7: what is certain happens; the temperature flattens the codes alone."""
+    dynamics, embed, (codes, _, _, _) = small_world(B=5)
+    with torch.no_grad():
+        dynamics.reward_head.linear2.bias[0] += 100
+        dynamics.code_head.bias[6] += 20
+    policy = ActorCritic(M, code_dim=D, width=0.1)
+    batch = dream(dynamics, embed, policy, codes[:, 0], steps=4)
+    assert (batch["rewards"] == -1).all() and (batch["codes"][1:] == 6).all()
+    hot = dream(dynamics, embed, policy, codes[:, 0], steps=4, temperature=100)
+    assert (hot["rewards"] == -1).all() and len(hot["codes"][1:].unique()) == K
+
+
+# ----------------------------------------------------------------------------------------------
+# ppo.py: learning from what was dreamed
+# ----------------------------------------------------------------------------------------------
+
+
+def test_gae_against_the_explicit_double_sum():
+    """Schulman et al., 2016, Eq. 16: A_t = sum_l (gamma lambda)^l delta_{t+l}, to the end."""
+    torch.manual_seed(0)
+    T, B, gamma, lam = 12, 4, 0.97, 0.9
+    rewards, values, last = torch.randn(T, B), torch.randn(T, B), torch.randn(B)
+    dones = torch.rand(T, B) < 0.2
+    dones[-1, 0], dones[-1, 1] = True, False
+    advantages = gae(rewards, values, dones, last, gamma, lam)
+    after = torch.cat([values[1:], last[None]])                      # V_{t+1}
+    for t, b in np.ndindex(T, B):
+        total = 0.0
+        for l in range(T - t):
+            over = dones[t + l, b].item()
+            total += (gamma * lam) ** l * (rewards[t + l, b] + (0 if over else gamma * after[t + l, b])
+                                           - values[t + l, b]).item()
+            if over:
+                break
+        assert advantages[t, b].item() == pytest.approx(total, abs=1e-5)
+
+
+def test_ppo_clip_on_its_four_cases():
+    """Schulman et al., 2017, Eq. 7 and Figure 1: going too far gains nothing, a mistake costs."""
+    #        ratio  advantage  objective  d objective / d ratio
+    cases = ((1.3,  1.,        1.1,       0.),       # good, and made likely enough: clipped
+             (1.3, -1.,       -1.3,      -1.),       # bad, and made more likely: pay, and go back
+             (0.7,  1.,        0.7,       1.),       # good, and made less likely: go back
+             (0.7, -1.,       -0.9,       0.),       # bad, and made unlikely enough: clipped
+             (1.05, 1.,        1.05,      1.))       # within 1 +- 0.1 nothing is clipped
+    zeros = torch.zeros(1)
+    for ratio, advantage, objective, slope in cases:
+        old = torch.tensor([0.4])
+        p = ratio * old
+        logits = torch.stack([p, 1 - p], 1).log().requires_grad_()   # actions 0 and 1
+        loss, parts = ppo_loss(logits, zeros, torch.tensor([0]), old.log(), torch.tensor([advantage]),
+                               zeros, zeros, clip=0.1, entropy_coef=0.0)
+        assert loss.item() == pytest.approx(-objective, rel=1e-5)
+        grad, = torch.autograd.grad(loss, logits)
+        # d ratio / d logit_0 = ratio (1 - p)
+        assert grad[0, 0].item() == pytest.approx(-slope * ratio * (1 - p.item()), abs=1e-6)
+        assert parts["clip_fraction"].item() == (ratio != 1.05)
+
+
+def test_ppo_value_loss_entropy_and_their_sum():
+    """Schulman et al., 2017, Eq. 9, with the clipped value loss: sample by sample."""
+    torch.manual_seed(0)
+    n, logits = 50, torch.randn(50, M)
+    actions, old_log_probs = torch.randint(M, (n,)), torch.randn(n) * 0.1 - 1
+    values, old_values, returns, advantages = (torch.randn(n) * 0.3 for _ in range(4))
+    loss, parts = ppo_loss(logits, values, actions, old_log_probs, advantages, returns, old_values,
+                           clip=0.2, value_clip=0.15, value_coef=0.7, entropy_coef=0.03)
+    value_losses, clipped_counts = [], 0
+    for v, o, r in zip(values.tolist(), old_values.tolist(), returns.tolist()):
+        near = o + min(max(v - o, -0.15), 0.15)
+        value_losses.append(0.5 * max((v - r) ** 2, (near - r) ** 2))
+        clipped_counts += (near - r) ** 2 > (v - r) ** 2
+    assert 0 < clipped_counts < n
+    distribution = torch.distributions.Categorical(logits=logits)
+    log_ratio = distribution.log_prob(actions) - old_log_probs
+    policy = -torch.min(log_ratio.exp() * advantages, log_ratio.exp().clip(0.8, 1.2) * advantages)
+    assert parts["value_loss"].item() == pytest.approx(np.mean(value_losses), rel=1e-5)
+    assert parts["entropy"].item() == pytest.approx(distribution.entropy().mean().item(), rel=1e-5)
+    assert parts["policy_loss"].item() == pytest.approx(policy.mean().item(), rel=1e-4)
+    k3 = (log_ratio.exp() - 1 - log_ratio).mean().item()
+    assert parts["approx_kl"].item() == pytest.approx(k3, rel=1e-4)
+    expected = policy.mean() + 0.7 * np.mean(value_losses) - 0.03 * distribution.entropy().mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    # (N, 1) against (N,) would silently become (N, N).
+    with pytest.raises(AssertionError):
+        ppo_loss(logits, values[:, None], actions, old_log_probs, advantages, returns, old_values)
+    with pytest.raises(AssertionError):
+        gae(torch.zeros(5, 2), torch.zeros(5, 2, 1), torch.zeros(5, 2), torch.zeros(2))
+
+
+def rollout_of(policy, observations, reward):
+    """One step each of T x B observations: dict of [T, B]; reward(actions [T, B]) -> [T, B]."""
+    T, B = observations.shape[:2]
+    with torch.no_grad():
+        logits, values = policy(observations.flatten(0, 1))
+    distribution = torch.distributions.Categorical(logits=logits)
+    actions = distribution.sample()
+    return {"actions": actions.view(T, B), "log_probs": distribution.log_prob(actions).view(T, B),
+            "values": values.view(T, B), "rewards": reward(actions.view(T, B)),
+            "dones": torch.ones(T, B, dtype=torch.bool)}
+
+
+def test_ppo_update_solves_a_contextual_bandit():
+    """Section 3.4, PPO: in each of three situations another action pays."""
+    torch.manual_seed(0)
+    policy, situations = ActorCritic(M, code_dim=D, width=0.1), torch.randn(M, D, 6, 6)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=3e-3)
+    for _ in range(15):
+        which = torch.randint(M, (20, 6))
+        observations = situations[which]
+        rollout = rollout_of(policy, observations, lambda a: (a == (which + 1) % M).float())
+        parts = ppo_update(policy, optimizer, observations, rollout, torch.zeros(6), minibatch=40)
+    logits, values = policy(situations)
+    p = logits.softmax(1).detach()
+    assert all(p[s, (s + 1) % M] > 0.9 for s in range(M))
+    assert all(0.7 < v < 1.2 for v in values.tolist())               # what it pays
+    assert set(parts) == {"policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction"}
+
+
+def test_ppo_update_visits_every_sample_and_limits_the_gradient():
+    """facts.md 3: 4 epochs in random minibatches, gradient norm at most 0.5."""
+    torch.manual_seed(0)
+    policy = ActorCritic(M, code_dim=D, width=0.1)
+    observations = torch.arange(30.).view(5, 6, 1, 1, 1).expand(-1, -1, D, 6, 6)
+    rollout = rollout_of(policy, observations, lambda a: 1e4 * torch.randn(5, 6))
+    batches, steps = [], []
+    policy.register_forward_pre_hook(lambda m, args: batches.append(args[0][:, 0, 0, 0].int().tolist()))
+    optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)         # a step is the gradient itself
+    optimizer.register_step_post_hook(lambda *_: steps.append(torch.stack(
+        [p.grad.norm() for p in policy.parameters()]).norm().item()))
+    ppo_update(policy, optimizer, observations, rollout, torch.zeros(6), epochs=4, minibatch=8)
+    assert [len(b) for b in batches] == [8, 8, 8, 6] * 4
+    epochs = [sum(batches[i:i + 4], []) for i in range(0, 16, 4)]
+    assert all(sorted(epoch) == list(range(30)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4              # in another order each time
+    assert steps == pytest.approx([0.5] * 16, rel=1e-3)
+
+
+# ----------------------------------------------------------------------------------------------
+# train.py and evaluate.py: everything together
+# ----------------------------------------------------------------------------------------------
+
+
+def tiny_models(device="cpu", **settings):
+    settings = dict(bf16=False, vqvae_width=0.1, hidden=8, policy_width=0.1, dreams=3, dream_steps=4,
+                    minibatch=5) | settings
+    return train.Models(train.Config(device=device, **settings), num_actions=M)
+
+
+def tiny_windows(device="cpu", B=2, L=6):
+    """x, actions, rewards, ends of windows as the world model's update wants them."""
+    x = torch.zeros(B, L, 4, 96, 96, dtype=torch.uint8, device=device)
+    return [x if device == "meta" else x.random_(256)] + [
+        torch.zeros(B, L, dtype=t, device=device) for t in (torch.int64, torch.float32, torch.bool)]
+
+
+def test_the_paper_preset_is_the_paper():
+    """Section 3.4 and facts.md 3: 102,400 interactions, 241,000 world-model updates, 19,000 of PPO."""
+    config = train.settings_from({"preset": "paper", "device": "cpu"})
+    rounds = [train.work(config, i) for i in range(config.iterations)]
+    assert [r["collect"] for r in rounds] == [12_800] + [6_400] * 14
+    assert sum(r["collect"] for r in rounds) == 102_400
+    assert [r["warm_up"] for r in rounds] == [50 * 12_800 // 40] + [0] * 14
+    world_model = [r["world_model"] for r in rounds]
+    assert world_model[0] == pytest.approx(40_600, rel=0.02)
+    assert all(13_000 < updates < 15_500 for updates in world_model[1:])     # "about 14,000"
+    assert sum(world_model) == pytest.approx(241_000, rel=0.02)
+    ppo = [r["policy"] for r in rounds]
+    assert ppo == [1000] * 7 + [2000] + [1000] * 3 + [2000] + [1000] * 2 + [3000]
+    assert sum(ppo) * config.dreams * config.dream_steps == 15_200_000       # imagined steps
+    assert rounds[-1]["evaluate"] == 32
+    said = dict(vqvae_lr=1e-4, warmup_lr=1e-3, vqvae_every=3, dynamics_batch=4, window=11, context=4,
+                dynamics_lr=5e-4, reward_lr=1e-3, reward_weight=1e-6, dreams=16, dream_steps=50,
+                ppo_epochs=4, minibatch=256, gamma=0.99, lam=0.95, clip=0.1, value_clip=0.1,
+                value_coef=0.5, entropy_coef=0.01, policy_lr=2.5e-4, max_grad_norm=0.5,
+                collect_temperature=1.5, eval_temperature=1.0, vqvae_width=1.0, policy_width=1.0)
+    assert {name: getattr(config, name) for name in said} == said
+    assert all(f.metadata["help"] for f in dataclasses.fields(config))
+
+
+def test_flags_over_preset_over_defaults():
+    """train.py, settings_from: and one number stands for all rounds."""
+    config = train.settings_from({"preset": "smoke", "iterations": 3, "ppo_updates": (7,)})
+    assert (config.iterations, config.hidden, config.window) == (3, 16, 11)
+    assert config.ppo_updates == (7, 7, 7) and config.world_model_epochs == (2, 1.5, 1.5)
+    train.check(config)
+    with pytest.raises(train.UserError, match="--ppo_updates needs one number per iteration"):
+        train.check(dataclasses.replace(config, ppo_updates=(1, 2)))
+    with pytest.raises(train.UserError, match="--dynamics_lr"):
+        train.check(dataclasses.replace(config, dynamics_lr=float("nan")))
+
+
+def test_the_estimate_knows_that_later_rounds_cost_something_else():
+    """train.py, seconds_left: units of work still to do, times the pace of each stage."""
+    config = train.settings_from({"preset": "paper", "device": "cpu"})
+    rates = dict(collect=0.5, warm_up=2.0, world_model=3.0, policy=5.0, evaluate=7.0)
+    run = types.SimpleNamespace(config=config, rates=rates, iteration=13, stage="policy", update=600)
+    now, last = train.work(config, 13), train.work(config, 14)
+    expected = 5 * (now["policy"] - 600) + 7 * now["evaluate"] \
+        + 0.5 * 6_400 + 3 * last["world_model"] + 5 * 3_000 + 7 * 32
+    assert train.Run.seconds_left(run) == pytest.approx(expected)
+    assert train.clock(3_600 * 18 + 61) == "18:01:01"
+
+
+def test_an_epoch_covers_every_window_once():
+    """facts.md 3, world-model epochs; with reward_windows, rare rewards are met more often (ours)."""
+    buffer = filled_buffer(np.random.default_rng(0), n=230)[0]
+    buffer.rewards[:] = 0
+    config = train.Config(dynamics_batch=4, reward_windows=0.0)      # 20 windows at any offset
+    order = train.epoch_of_windows(buffer, config, 5, np.random.default_rng(1))
+    assert order.shape == (5, 4, 11)
+    rows = np.sort(order.flatten())
+    assert np.array_equal(rows, rows[0] + np.arange(220)) and 0 <= rows[0] <= 10
+    starts = order[..., 0].flatten()
+    assert not np.array_equal(starts, np.sort(starts))               # in random order
+    buffer.rewards[[100, 101]] = 5
+    config = dataclasses.replace(config, reward_windows=0.5)
+    order = train.epoch_of_windows(buffer, config, 5, np.random.default_rng(1))
+    assert (buffer.rewards[order[:, :2, :-1]] != 0).any((1, 2)).all()        # half of each batch
+
+
+def test_the_vqvae_learns_only_in_its_own_updates():
+    """Section 3.4, "Fixed Representation Learning", and the dream's: nobody else moves it."""
+    torch.manual_seed(0)
+    models, windows = tiny_models(), tiny_windows()
+
+    def moved(update):
+        before = {n: {k: v.clone() for k, v in m.state_dict().items()}
+                  for n, m in models.networks().items()}
+        update()
+        return {n for n, m in models.networks().items()
+                if any(not torch.equal(v, before[n][k]) for k, v in m.state_dict().items())}
+
+    assert moved(lambda: models.vqvae_update(windows[0][0], 1e-3)) == {"vqvae"}
+    assert moved(lambda: models.world_model_update(*windows)) == {"dynamics"}
+    rows = torch.tensor([0, 3, 7, 8])
+    assert moved(lambda: models.world_model_update(*windows, rows)) == {"vqvae", "dynamics"}
+    assert moved(lambda: models.policy_update(windows[0][0])) == {"policy"}
+
+
+def test_the_scaled_reward_loss_still_trains_its_head():
+    """Section 3.4, "Reward Loss": weight 1e-6, and Adam undoes it for the head."""
+    torch.manual_seed(0)
+    models, (x, actions, rewards, ends) = tiny_models(), tiny_windows()
+    head = models.dynamics.reward_head.linear2.bias
+    before = head.detach().clone()
+    models.world_model_update(x, actions, rewards + 1, ends)
+    # Adam's first step is the learning rate, whatever the gradient's scale.
+    torch.testing.assert_close(head - before, torch.tensor([-1e-3, -1e-3, 1e-3]), rtol=1e-2, atol=0)
+
+
+def test_with_bfloat16_each_gradient_step_sees_the_one_before():
+    """train.py, policy_update: autocast must not go on with copies of old weights."""
+    torch.manual_seed(0)
+    models = tiny_models(policy_lr=1e-2, ppo_epochs=2, dream_steps=10)
+    models.use_bf16 = True                     # slow where the processor can't, but the same
+    parts = models.policy_update(tiny_windows()[0][0])
+    # The probability ratios leave 1 as soon as the weights have moved.
+    assert parts["approx_kl"] > 1e-5
+
+
+def test_no_update_waits_for_the_device(monkeypatch):
+    """Issue 2, "Device": all updates run on `meta`, where any look at a value is an error."""
+    real = torch.autocast                      # knows no `meta`, and reads no values
+    monkeypatch.setattr(torch, "autocast", lambda kind, *a, **k: contextlib.nullcontext()
+                        if kind == "meta" else real(kind, *a, **k))
+    models, windows = tiny_models("meta"), tiny_windows("meta")
+    x, rows = windows[0][0], torch.zeros(4, dtype=torch.int64, device="meta")
+    run = types.SimpleNamespace(sums={}, first_bad=torch.full((), -1, device="meta"))
+    for parts in (models.vqvae_update(x, 1e-3), models.vqvae_update(x, 1e-3, revive=True),
+                  models.world_model_update(*windows), models.world_model_update(*windows, rows),
+                  models.policy_update(x)):
+        assert all(v.device.type == "meta" and v.shape == () for v in parts.values())
+        train.Run.add(run, parts, 0)           # the averages of the stage
+    with pytest.raises(RuntimeError):          # the check itself: a copy to the host is an error
+        parts["entropy"].item()
+
+
+def test_evaluation_plays_whole_real_games(capsys):
+    """Section 4 and Table 4: unclipped scores; the random policy's -20.7 in Pong."""
+    evaluate.main(["--random", "--game", "Pong", "--episodes", "3", "--json"])
+    result = json.loads(capsys.readouterr().out)
+    assert result["episodes"] == len(result["returns"]) == 3
+    assert all(-21 <= score <= -17 and score == int(score) for score in result["returns"])
+    assert result["mean"] == pytest.approx(np.mean(result["returns"]))
+    assert evaluate.human_normalised("Pong", -20.7) == 0
+    assert evaluate.human_normalised("Pong", 14.6) == 1
+    assert evaluate.human_normalised("Tennis", 3) is None
+    lines = evaluate.describe("Freeway", [20., 30.])
+    assert "mean 25.0" in lines and "std 5.0" in lines and "24.6" in lines
+
+
+# ----------------------------------------------------------------------------------------------
+# The real command line
+# ----------------------------------------------------------------------------------------------
+
+
+def command(*arguments):
+    """Runs python with these arguments at the repository; (exit status, stdout, lines of stderr)."""
+    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=HERE, capture_output=True,
+                          text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    # The emulator introduces itself on stderr; that is not ours.
+    lines = [line for line in done.stderr.splitlines() if not line.startswith(("A.L.E", "[Powered"))]
+    return done.returncode, done.stdout, lines
+
+
+def assert_refused(*arguments, saying):
+    """The command fails with exactly one line, which says this."""
+    status, _, lines = command(*arguments)
+    assert status != 0
+    assert len(lines) == 1 and lines[0].startswith("error: ") and saying in lines[0], lines
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """The run folder of `python train.py --game Freeway --preset smoke`, all stages on real Freeway."""
+    out = tmp_path_factory.mktemp("runs")
+    status, stdout, lines = command("train.py", "--game", "Freeway", "--preset", "smoke", "--out", out)
+    assert status == 0, lines
+    assert "600 interactions (2,400 frames)" in stdout and "done: python evaluate.py" in stdout
+    return out / "Freeway-smoke-s0"
+
+
+def test_smoke_preset_leaves_what_is_promised(smoke):
+    """Section 3.4 from end to end, twice around, and the run folder of issue 2."""
+    config = json.loads((smoke / "config.json").read_text())
+    assert (config["game"], config["preset"], config["seed"]) == ("Freeway", "smoke", 0)
+    with open(smoke / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == list(train.METRICS)
+    assert [r["iteration"] for r in rows] == ["1", "2"]
+    assert [r["interactions"] for r in rows] == ["400", "600"]
+    for name in ("elbo", "perplexity", "code_loss", "code_accuracy", "dream_return", "entropy",
+                 "foreground_error", "real_return"):
+        assert all(math.isfinite(float(r[name])) for r in rows), name
+    assert float(rows[1]["code_loss"]) < float(rows[0]["code_loss"]) < math.log(128)    # it learns
+    with open(smoke / "times.csv") as file:
+        times = list(csv.DictReader(file))
+    assert list(times[0]) == ["iteration", *train.STAGES]
+    assert float(times[0]["warm_up"]) > 0 and float(times[1]["warm_up"]) == 0
+    state = torch.load(smoke / "checkpoint.pt", weights_only=True)
+    assert set(state["networks"]) == {"vqvae", "dynamics", "policy"}
+    result = json.loads((smoke / "evaluation.json").read_text())
+    assert result["game"] == "Freeway" and result["episodes"] == len(result["returns"]) == 1
+    for name in ("progress.png", "world_model_01.png", "world_model_02.png"):
+        assert (smoke / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_is_never_overwritten(smoke):
+    """Issue 2: a second start on the same folder stops, and says how to go on."""
+    before = {p.name: p.stat().st_mtime_ns for p in smoke.iterdir()}
+    assert_refused("train.py", "--game", "Freeway", "--preset", "smoke", "--out", smoke.parent,
+                   saying=f"--resume {smoke}")
+    assert {p.name: p.stat().st_mtime_ns for p in smoke.iterdir()} == before
+
+
+def test_evaluate_plays_a_run(smoke):
+    """Issue 2: evaluate.py prints the scores, the protocol and the paper's row for the game."""
+    status, stdout, lines = command("evaluate.py", smoke, "--episodes", "1")
+    assert status == 0, lines
+    for said in ("after 600 real interactions", "sampled actions", "no sticky actions", "unclipped",
+                 "over 1 episodes", "human-normalised", "paper mean 24.6"):
+        assert said in stdout, said
+
+
+def test_clear_words_for_an_unknown_game_or_device(tmp_path):
+    """Issue 2: one clear line, exit status not 0, and no folder left behind."""
+    start = ("train.py", "--preset", "smoke", "--out", tmp_path / "runs")
+    assert_refused(*start, "--game", "Pogn", saying="the nearest names: Pong")
+    assert_refused("evaluate.py", "--random", "--game", "Pogn", saying="the nearest names: Pong")
+    assert_refused(*start, "--device", "banana", saying="device 'banana' is not available")
+    assert_refused(*start, "--device", "meta", saying="device 'meta' is not available")
+    if not torch.cuda.is_available():
+        assert_refused(*start, "--device", "cuda", saying="use --device cpu")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_foreign_checkpoint_is_refused_and_its_code_not_run(tmp_path):
+    """Issue 2: checkpoints load with weights_only=True; whatever else lies there is one clear line."""
+    trap, path = tmp_path / "trap", tmp_path / "checkpoint.pt"
+    bomb = type("Bomb", (), {"__reduce__": lambda self: (os.mkdir, (str(trap),))})()
+    for command_line in (("evaluate.py", tmp_path / "no"), ("train.py", "--resume", tmp_path / "no")):
+        assert_refused(*command_line, saying="there is no run folder")
+    assert_refused("evaluate.py", tmp_path, saying="holds no checkpoint")
+    path.write_bytes(np.random.default_rng(0).bytes(1000))
+    assert_refused("evaluate.py", tmp_path, saying="is damaged or no checkpoint")
+    for foreign in ({"model": torch.zeros(3)}, [1, 2], {"schema": train.SCHEMA, "networks": {}}):
+        torch.save(foreign, path)
+        assert_refused("train.py", "--resume", tmp_path, saying="checkpoint")
+    torch.save({"schema": train.SCHEMA, "networks": bomb}, path)
+    assert_refused("train.py", "--resume", tmp_path, saying="is damaged or no checkpoint")
+    assert_refused("evaluate.py", tmp_path, saying="is damaged or no checkpoint")
+    assert not trap.exists()
+    with pytest.raises(Exception, match="checkpoint|state|dict|None|Bomb"):
+        train.read_checkpoint(path)["networks"].keys()
+    torch.load(path, weights_only=False)       # the bomb was live
+    assert trap.exists()
+
+
+# ----------------------------------------------------------------------------------------------
+# The house itself
+# ----------------------------------------------------------------------------------------------
+
+
+def test_every_component_stands_alone(tmp_path):
+    """Issue 2: copy one file into an empty folder and it imports; dynamics.py brings convlstm.py."""
+    needs = {"atari": [], "vqvae": [], "convlstm": [], "ppo": [], "dynamics": ["convlstm"]}
+    for name, others in needs.items():
+        (tmp_path / name).mkdir()
+        for file in (name, *others):
+            shutil.copy(HERE / f"{file}.py", tmp_path / name)
+    # One process for all: torch is slow to import. Each name is forgotten before the next.
+    script = "import sys\n" + "".join(
+        f"sys.path[0] = {str(tmp_path / name)!r}\nimport {name}\n"
+        f"for n in {list(needs)!r}: sys.modules.pop(n, None)\n" for name in needs)
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_top_level_is_as_promised():
+    """Issue 2, "The files": exactly these."""
+    listing = subprocess.run(["git", "ls-files"], cwd=HERE, capture_output=True, text=True)
+    if listing.returncode != 0:
+        pytest.skip("not a git checkout")
+    names = {line.split("/")[0] for line in listing.stdout.splitlines()}
+    assert {n for n in names if not n.startswith(".")} - {"results"} == {
+        "README.md", "requirements.txt", "LICENSE", "vqvae.py", "convlstm.py", "dynamics.py",
+        "ppo.py", "atari.py", "train.py", "evaluate.py", "test_all.py"}
+
+
+def test_no_line_is_longer_than_100_characters():
+    """The house style: files that can be read side by side."""
+    long = [f"{path.name}:{number}" for path in sorted(HERE.glob("*.py"))
+            for number, line in enumerate(path.read_text().splitlines(), 1) if len(line) > 100]
+    assert not long, f"{len(long)} long lines: {' '.join(long[:20])}"
