@@ -67,6 +67,7 @@ class Config:
     iterations: int = setting(15, "rounds of collect, world model, policy (paper 3.4)")
     first_interactions: int = setting(12_800, "steps of four frames in round 1, random policy (paper 3.4)")
     interactions: int = setting(6_400, "steps in every later round (paper 3.4)")
+    random_hold: int = setting(1, "second half of round 1: hold a random action for up to so many steps (ours)")
     collect_temperature: float = setting(1.5, "softmax temperature of the policy when collecting (released)")
 
     # Observation model (Section 3.3, "Latent Representations")
@@ -86,11 +87,13 @@ class Config:
     # Dynamics (Section 3.2-3.3)
     hidden: int = setting(128, "channels of each ConvLSTM cell (paper, Table 3)")
     dynamics_lr: float = setting(5e-4, "Adam's learning rate (released)")
+    dynamics_lr_end: float = setting(5e-4, "falls to this in each round, linearly (ours)")
     reward_lr: float = setting(1e-3, "Adam's learning rate of the reward head, 'higher' (paper 3.4; released)")
     reward_weight: float = setting(1e-6, "weight of the reward loss, 'scaled down' (paper 3.4; value released)")
     dynamics_batch: int = setting(4, "windows per update (released)")
     window: int = setting(11, "observations per window: 10 predictions (released)")
     context: int = setting(4, "inputs that are true codes; after them the model reads its samples (released)")
+    teacher: float = setting(0.0, "first share of each round's updates in which all inputs are true (ours)")
     reward_windows: float = setting(0.0, "share of each batch drawn from windows that hold a reward (ours)")
     world_model_epochs: tuple = setting(
         (140, 32, 24, 20, 16, 14, 12, 11, 10, 9, 8, 8, 7, 7, 6), "passes over all data in each round (released)")
@@ -121,10 +124,12 @@ class Config:
 PRESETS = {
     "paper": {},
     "small": dict(
-        vqvae_width=0.5, warmup_epochs=7, warmup_batch=12, warmup_lr_end=1e-4, foreground=40,
-        commitment=50, revive_codes=True, vqvae_batch=16, hidden=64, dynamics_batch=16, reward_windows=0.25,
-        world_model_epochs=(3.5, 2.3, 1.7, 1.4, 1.2, 1.0, 0.87, 0.77, 0.7, 0.63, 0.58, 0.54, 0.5, 0.46, 0.43),
-        policy_width=0.5, dreams=64, ppo_updates=(45,) * 15, eval_episodes=4),
+        random_hold=32, vqvae_width=0.5, warmup_epochs=7, warmup_batch=12, warmup_lr_end=1e-4,
+        foreground=40, commitment=50, revive_codes=True, vqvae_batch=16,
+        hidden=32, dynamics_batch=8, dynamics_lr=2e-3, dynamics_lr_end=2e-4, teacher=0.7,
+        reward_windows=0.25,
+        world_model_epochs=(11, 3.7, 2.8, 2.2, 1.8, 1.6, 1.4, 1.2, 1.1, 1, 0.9, 0.85, 0.8, 0.75, 0.7),
+        policy_width=0.5, dreams=64, ppo_updates=(60,) * 15, eval_episodes=4),
     "smoke": dict(
         iterations=2, first_interactions=400, interactions=200,
         vqvae_width=0.25, warmup_epochs=6, warmup_batch=12, warmup_lr_end=1e-4, foreground=40,
@@ -135,7 +140,9 @@ PRESETS = {
 # What may change when a run is resumed, with --override: nothing that the numbers depend on.
 MAY_CHANGE = ("device", "out", "checkpoint_minutes", "bf16", "eval_episodes", "final_episodes")
 STAGES = ("collect", "warm_up", "world_model", "policy", "evaluate")
-SCHEMA = 1
+SCHEMA = 1                                          # of the checkpoint, and what is in it:
+STATE = {"schema", "config", "iteration", "stage", "update", "networks", "optimizers", "torch_rng", "cuda_rng",
+         "sums", "rows", "times", "returns", "shards", "rates"}
 
 
 class UserError(Exception):
@@ -151,7 +158,7 @@ def check(config):
                 raise UserError(f"--{f.name} must be a number of 0 or more, not {v}")
     for name in ("iterations", "interactions", "warmup_batch", "vqvae_every", "vqvae_batch", "hidden",
                  "dynamics_batch", "dreams", "dream_steps", "ppo_epochs", "final_episodes", "vqvae_width",
-                 "policy_width", "collect_temperature", "eval_temperature", "scale", "checkpoint_minutes", "max_logit"):
+                 "policy_width", "collect_temperature", "eval_temperature", "scale", "random_hold", "checkpoint_minutes", "max_logit"):
         if getattr(config, name) <= 0:
             raise UserError(f"--{name} must be more than 0")
     if config.window < 2 or config.context < 1 or config.minibatch < 2:
@@ -163,8 +170,10 @@ def check(config):
     need = max(config.window * (config.dynamics_batch + 1), config.warmup_batch)
     if config.first_interactions < need:
         raise UserError(f"--first_interactions must be {need} or more for these batch sizes")
+    if config.seed >= 2**63:
+        raise UserError("--seed must be less than 2**63")
     try:
-        torch.zeros(1, device=config.device)
+        torch.zeros(1, device=config.device).cpu()
     except (RuntimeError, AssertionError):
         there = "cuda or cpu" if torch.cuda.is_available() else "cpu"
         raise UserError(f"device {config.device!r} is not available here; use --device {there}") from None
@@ -211,9 +220,11 @@ class Models:
     def networks(self):
         return {"vqvae": self.vqvae, "dynamics": self.dynamics, "policy": self.policy}
 
-    def autocast(self):
+    def autocast(self, cache=True):
+        """bfloat16 where it is fast. The cache keeps the cast weights until the context ends: it must be
+        off where weights change inside, or later steps would go on with the old ones."""
         if self.use_bf16:
-            return torch.autocast(self.device.type, torch.bfloat16)
+            return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=cache)
         return contextlib.nullcontext()
 
     def to_device(self, array):
@@ -239,7 +250,7 @@ class Models:
         self.vqvae.eval()
         return parts
 
-    def world_model_update(self, x, actions, rewards, ends, vqvae_rows=None):
+    def world_model_update(self, x, actions, rewards, ends, lr, context, vqvae_rows=None):
         """One gradient step of the dynamics on windows, and before it one of the VQ-VAE if vqvae_rows are given.
 
         x uint8 [B, L, 4, 96, 96], actions int64, rewards float, ends bool [B, L]; vqvae_rows int64 [n]:
@@ -253,7 +264,8 @@ class Models:
         with self.autocast():
             codes = self.vqvae.encode(flat).view(B, L, 6, 6)     # the targets move with the VQ-VAE (3.4)
             loss, dynamics_parts = self.dynamics.loss(codes, actions, rewards, ends, self.vqvae.embed,
-                                                      self.config.context, self.config.reward_weight)
+                                                      context, self.config.reward_weight)
+        self.optimizers["dynamics"].param_groups[0]["lr"] = lr
         self.step("dynamics", loss)
         return parts | dynamics_parts
 
@@ -264,6 +276,7 @@ class Models:
             rollout = dream(self.dynamics, self.vqvae.embed, self.policy, self.vqvae.encode(x), c.dream_steps)
             T, B = rollout["actions"].shape
             observations = self.vqvae.embed(rollout["codes"].flatten(0, 1)).unflatten(0, (T, B))
+        with self.autocast(cache=False):
             # The last step is terminal, so no value follows it.
             parts = ppo_update(self.policy, self.optimizers["policy"], observations, rollout,
                                torch.zeros(B, device=self.device), c.gamma, c.lam, c.ppo_epochs, c.minibatch,
@@ -340,7 +353,7 @@ def read_checkpoint(path):
     except Exception as error:                      # whatever a damaged or malicious file provokes
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"{path} is damaged or no checkpoint of this program ({reason[0][:80]})") from None
-    if not isinstance(state, dict) or state.get("schema") != SCHEMA or "networks" not in state:
+    if not isinstance(state, dict) or state.get("schema") != SCHEMA or set(state) != STATE:
         raise UserError(f"{path} is no checkpoint of this version of train.py")
     return state
 
@@ -385,7 +398,7 @@ class Run:
         torch.manual_seed(config.seed)
         self.models = Models(config, self.env.num_actions)
         self.device = self.models.device
-        self.buffer = ExperienceBuffer(config.first_interactions + config.interactions * (config.iterations - 1))
+        self.buffer = ExperienceBuffer(len_experience(config))
         self.iteration, self.stage, self.update = 0, "collect", 0
         self.sums, self.rows, self.times, self.shards, self.returns = {}, [], [], [], []
         self.rates = rates                          # seconds per unit of work of each stage, for the estimate
@@ -636,11 +649,17 @@ def collect(run):
     rng = run.numpy_rng()
     frame = run.env.reset(seed=int(rng.integers(2**31)))
     start, stack, score, returns = len(run.buffer), np.stack([frame] * 4), 0.0, []
-    steps = c.first_interactions if run.iteration == 0 else c.interactions
+    steps, hold = c.first_interactions if run.iteration == 0 else c.interactions, 0
     for step in tqdm(range(steps), desc=f"{run.iteration + 1:2d}/{c.iterations} collect    ", leave=False,
                      disable=not sys.stderr.isatty(), dynamic_ncols=True):
         if run.iteration == 0:
-            action = int(rng.integers(run.env.num_actions))
+            # Uniformly random. Single random steps never cross Freeway's road: in the second half of the
+            # round an action may be held for 1, 2, 4, .. steps.
+            if hold == 0:
+                action = int(rng.integers(run.env.num_actions))
+                longest = c.random_hold if step >= steps // 2 else 1
+                hold = 2 ** int(rng.integers(longest.bit_length()))
+            hold -= 1
         else:
             action = int(run.models.act(stack[None], c.collect_temperature)[0])
         next_frame, reward, terminated, truncated = run.env.step(action)
@@ -668,6 +687,8 @@ def warm_up(run):
     """Trains the VQ-VAE alone, at a higher learning rate, so that the dynamics has something to predict."""
     c, order = run.config, None
     run.models.background = background(run)
+    if run.iteration == 0 and run.update == 0:
+        run.models.vqvae.start_at_brightness(run.models.background.float().mean() / 255)
     per_epoch, total = len(run.buffer) // c.warmup_batch, work(c, run.iteration)["warm_up"]
     for update in run.updates(total):
         epoch, batch = divmod(update, per_epoch)
@@ -694,11 +715,15 @@ def learn_world_model(run):
     c, buffer, order = run.config, run.buffer, None
     ends, run.models.background = buffer.ends, background(run)
     per_epoch = (len(buffer) - c.window + 1) // c.window // c.dynamics_batch
-    for update in run.updates(work(c, run.iteration)["world_model"]):
+    total = work(c, run.iteration)["world_model"]
+    for update in run.updates(total):
         epoch, batch = divmod(update, per_epoch)
         if batch == 0 or order is None:
             order = epoch_of_windows(buffer, c, per_epoch, run.numpy_rng(epoch))
         rows = order[batch]                                              # [B, L]
+        done = update / total
+        lr = c.dynamics_lr + (c.dynamics_lr_end - c.dynamics_lr) * done
+        context = c.window if done < c.teacher else c.context
         to_device = run.models.to_device
         vqvae_rows = None
         if update % c.vqvae_every == c.vqvae_every - 1:
@@ -706,7 +731,7 @@ def learn_world_model(run):
             vqvae_rows = to_device(chosen)
         run.add(run.models.world_model_update(
             to_device(buffer.stacked(rows)), to_device(buffer.actions[rows].astype(np.int64)),
-            to_device(buffer.rewards[rows]), to_device(ends[rows]), vqvae_rows), update)
+            to_device(buffer.rewards[rows]), to_device(ends[rows]), lr, context, vqvae_rows), update)
     foreground = world_model_picture(run)
     run.finish_stage("policy", foreground_error=foreground)
 
@@ -920,44 +945,108 @@ def world_model_picture(run):
     return foreground
 
 
-def measure_rates(config, num_actions, repeats=1):
-    """Seconds per unit of work of each stage on this machine, on made-up data: {stage: seconds}."""
-    models = Models(config, num_actions)
+def stage_jobs(config, models):
+    """One unit of work of each stage on made-up data: {name: (calls per measurement, function)}.
+
+    collect is one step of one environment, evaluate one step of eight; world_model leaves the VQ-VAE
+    alone, world_model+vqvae updates it too, as every third update does.
+    """
     rng = np.random.default_rng(0)
 
     def frames(*shape):
-        return models.to_device(rng.integers(0, 256, (*shape, 4, 96, 96), dtype=np.uint8))
+        return rng.integers(0, 256, (*shape, 4, 96, 96), dtype=np.uint8)
 
-    B, L = config.dynamics_batch, config.window
-    windows = frames(B, L), torch.zeros(B, L, dtype=torch.int64, device=models.device), \
-        torch.zeros(B, L, device=models.device), torch.zeros(B, L, dtype=torch.bool, device=models.device)
-    rows = torch.arange(min(config.vqvae_batch, B * L), device=models.device)
-    warm_up_batch, starts = frames(config.warmup_batch), frames(config.dreams)
-    one, eight = (rng.integers(0, 256, (n, 4, 96, 96), dtype=np.uint8) for n in (1, 8))
-    jobs = {
+    B, L, device = config.dynamics_batch, config.window, models.device
+    windows = (models.to_device(frames(B, L)), torch.zeros(B, L, dtype=torch.int64, device=device),
+               torch.zeros(B, L, device=device), torch.zeros(B, L, dtype=torch.bool, device=device))
+    rows = torch.arange(min(config.vqvae_batch, B * L), device=device)
+    batch, starts = models.to_device(frames(config.warmup_batch)), models.to_device(frames(config.dreams))
+    one, eight, lr = frames(1), frames(8), config.warmup_lr
+    return {
         "collect": (20, lambda: models.act(one, 1.0)),
-        "warm_up": (2, lambda: models.vqvae_update(warm_up_batch, config.warmup_lr)),
-        "world_model": (1, lambda: models.world_model_update(*windows)),
-        "vqvae": (1, lambda: models.world_model_update(*windows, rows)),
+        "warm_up": (2, lambda: models.vqvae_update(batch, lr, config.foreground, config.revive_codes)),
+        "world_model": (1, lambda: models.world_model_update(*windows, 1e-4, config.context)),
+        "world_model+vqvae": (1, lambda: models.world_model_update(*windows, 1e-4, config.context, rows)),
         "policy": (1, lambda: models.policy_update(starts)),
         "evaluate": (10, lambda: models.act(eight, 1.0)),
     }
-    seconds = {}
-    for name, (n, job) in jobs.items():
-        if repeats > 1 or name != "policy":
-            job()                                   # the first call of each pays for one-time work
-        begun = time.monotonic()
-        for _ in range(n * repeats):
-            job()
-        if models.device.type == "cuda":
+
+
+def seconds_per_call(job, calls, device):
+    def wait():
+        if device.type == "cuda":
             torch.cuda.synchronize()
-        seconds[name] = (time.monotonic() - begun) / (n * repeats)
-    emulator = 1.2e-3                               # seconds per step of four frames, until it is measured
-    seconds["collect"] += emulator
-    seconds["evaluate"] = (seconds["evaluate"] + 8 * emulator) / 8 * 1500        # an episode: some 1,500 steps
+
+    wait()
+    begun = time.perf_counter()
+    for _ in range(calls):
+        job()
+    wait()
+    return (time.perf_counter() - begun) / calls
+
+
+def rates_from(seconds, config):
+    """Seconds per call of stage_jobs -> seconds per unit of `work` of each stage."""
+    emulator = 1.2e-3                               # seconds per step of four frames
     share = 1 / config.vqvae_every
-    seconds["world_model"] = (1 - share) * seconds["world_model"] + share * seconds.pop("vqvae")
-    return seconds
+    return {"collect": seconds["collect"] + emulator, "warm_up": seconds["warm_up"],
+            "world_model": (1 - share) * seconds["world_model"] + share * seconds["world_model+vqvae"],
+            "policy": seconds["policy"],
+            # An episode: some 1,500 steps, eight of them side by side.
+            "evaluate": (seconds["evaluate"] / 8 + emulator) * 1500}
+
+
+def measure_rates(config, num_actions):
+    """A first guess at seconds per unit of work of each stage, in a few seconds."""
+    models = Models(config, num_actions)
+    seconds = {}
+    for name, (calls, job) in stage_jobs(config, models).items():
+        if name != "policy":
+            job()                                   # the first call of each pays for one-time work
+        seconds[name] = seconds_per_call(job, calls, models.device)
+    return rates_from(seconds, config)
+
+
+def benchmark(config):
+    """--benchmark: what each stage costs here and how long the whole run will take. Writes no files."""
+    from torch.utils.flop_counter import FlopCounterMode
+    models = Models(config, AtariEnv(config.game).num_actions)
+    device, dtype = models.device, torch.bfloat16 if models.use_bf16 else torch.float32
+    n = 2048 if device.type == "cpu" else 8192
+    a, b = torch.randn(2, n, n, device=device).to(dtype)
+    a @ b
+    rate = 2 * n**3 / min(seconds_per_call(lambda: a @ b, 1, device) for _ in range(5)) / 1e9
+    print(f"{config.game}, preset {config.preset} on {config.device}, {torch.get_num_threads()} threads, {dtype}; "
+          f"{n}x{n} matrix product: {rate:.0f} GFLOP/s")
+    print(f"{'one update of':18s} {'GFLOP':>8s} {'ms':>9s} {'GFLOP/s':>8s} {'of matmul':>9s}")
+    seconds = {}
+    for name, (calls, job) in stage_jobs(config, models).items():
+        with FlopCounterMode(display=False) as counter:
+            job()
+        gflop = counter.get_total_flops() / 1e9
+        first = seconds_per_call(job, 1, device)
+        repeats = max(3, min(30, int(12 / max(first * calls, 1e-3))))
+        seconds[name] = float(np.median([seconds_per_call(job, calls, device) for _ in range(repeats)]))
+        speed = gflop / seconds[name]
+        print(f"{name:18s} {gflop:8.2f} {1000 * seconds[name]:9.2f} {speed:8.0f} {speed / rate:9.0%}", flush=True)
+    rates, total = rates_from(seconds, config), dict.fromkeys(STAGES, 0.0)
+    for iteration in range(config.iterations):
+        for stage, count in work(config, iteration).items():
+            total[stage] += count * rates[stage]
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 2**20
+    else:
+        import resource
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    whole = sum(total.values())
+    print("the whole run: " + ", ".join(f"{s.replace('_', ' ')} {clock(t)}" for s, t in total.items()))
+    print(f"               about {clock(whole)} (h:mm:ss); peak memory of this benchmark {peak:.0f} MB, and up to "
+          f"{len_experience(config) * 96 * 96 / 2**20:.0f} MB of frames")
+
+
+def len_experience(config):
+    """Real interactions of the whole run: 12,800 + 14 x 6,400 = 102,400 in the paper."""
+    return config.first_interactions + config.interactions * (config.iterations - 1)
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -985,6 +1074,8 @@ def parse(arguments):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog="All settings have a default that "
                                      "depends on --preset; the defaults shown are those of `paper`.")
     parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
+    parser.add_argument("--benchmark", action="store_true",
+                        help="measure each stage for two minutes, say how long the run will take, write nothing")
     parser.add_argument("--override", metavar="FIELD", action="append", default=[],
                         help=f"with --resume: let this setting change (one of: {', '.join(MAY_CHANGE)})")
     for f in dataclasses.fields(Config):
@@ -1051,6 +1142,11 @@ def start(arguments):
     """Command line -> a Run, new or resumed, with its folder locked."""
     given = vars(parse(arguments))
     folder, override = given.pop("resume"), given.pop("override")
+    if given.pop("benchmark"):
+        config = settings_from(given)
+        check(config)
+        benchmark(config)
+        sys.exit()
     if folder is None:
         config = settings_from(given)
         check(config)
@@ -1094,8 +1190,7 @@ def disk_need(config):
     with torch.device("meta"):
         models = Models(dataclasses.replace(config, device="meta"), 18)
     weights = sum(t.numel() * t.element_size() for m in models.networks().values() for t in m.state_dict().values())
-    steps = config.first_interactions + config.interactions * (config.iterations - 1)
-    return 3 * 3 * weights + 2000 * steps
+    return 3 * 3 * weights + 2000 * len_experience(config)
 
 
 def main(arguments=None):
@@ -1111,7 +1206,7 @@ def main(arguments=None):
 
         signal.signal(signal.SIGINT, on_signal)
         signal.signal(signal.SIGTERM, on_signal)
-        steps = c.first_interactions + c.interactions * (c.iterations - 1)
+        steps = len_experience(c)
         print(f"{c.game}, preset {c.preset}, {steps:,} interactions ({4 * steps:,} frames) in {c.iterations} rounds, "
               f"on {c.device}{' with bfloat16' if run.models.use_bf16 else ''}; "
               f"about {clock(run.seconds_left())} (h:mm:ss) to go; into {run.folder}", flush=True)

@@ -92,6 +92,22 @@ def continuous_bernoulli_nll(logits, x):
     return _ContinuousBernoulliNLL.apply(logits, x)
 
 
+class _Clamp(torch.autograd.Function):
+    """Clamp to +-bound whose gradient still passes where it leads back inside."""
+
+    @staticmethod
+    def forward(ctx, logits, bound):
+        ctx.save_for_backward(logits)
+        ctx.bound = bound
+        return logits.clamp(-bound, bound)
+
+    @staticmethod
+    def backward(ctx, grad):
+        logits, = ctx.saved_tensors                         # descent moves them along -grad
+        outwards = ((logits > ctx.bound) & (grad < 0)) | ((logits < -ctx.bound) & (grad > 0))
+        return grad * ~outwards, None
+
+
 # ------------------------------------------------------------------------------------------------------
 # Encoder and decoder (Figure 2; channel counts from Table 3)
 # ------------------------------------------------------------------------------------------------------
@@ -143,8 +159,10 @@ def decoder_trunk(out_channels, code_dim, widths):
             nn.init.normal_(layer.weight, std=math.sqrt(2 / (4 * layer.in_channels)))
             nn.init.zeros_(layer.bias)
     with torch.no_grad():
-        for layer in [decoder[-1], *(m.conv2 for m in decoder if isinstance(m, ResidualBlock))]:
-            layer.weight *= 0.3                             # start near grey, blocks near the identity
+        decoder[-1].weight *= 0.3                           # the first picture is nearly even
+        for block in decoder:
+            if isinstance(block, ResidualBlock):
+                block.conv2.weight.zero_()                  # and the blocks are the identity
     return decoder
 
 
@@ -224,9 +242,11 @@ class VQVAE(nn.Module):
         self.codebook = Codebook(num_codes, code_dim)
         self.decoder = decoder_trunk(in_channels, code_dim, widths)
         self.commitment = commitment
-        # At x = 0 and x = 1 the density has no maximum: a black pixel pushes its logit to minus infinity for
-        # ever, and Atari is full of black. The decoder would learn nothing else. So the logits end at
-        # +-15.9, the logit of 1 - 2^-23, where torch.distributions silently ends its float32 probabilities.
+        # At x = 0 and x = 1 the density has no maximum: a black pixel pushes its logit to minus infinity
+        # for ever, and Atari is full of black. The decoder would learn nothing else. So the logits end
+        # at +-15.9, the logit of 1 - 2^-23, where torch.distributions silently ends its float32
+        # probabilities. Unlike there, a logit beyond the end can come back: Breakout's field is black,
+        # and under a plain clamp, whose gradient is 0 out there, its ball would never be learned.
         self.max_logit = max_logit
 
     def features(self, x):
@@ -256,9 +276,17 @@ class VQVAE(nn.Module):
         """Codes int64 [B,6,6] -> embedding vectors float32 [B,D,6,6]: what dynamics and policy see."""
         return F.embedding(codes, self.codebook.codes).permute(0, 3, 1, 2)
 
+    @torch.no_grad()
+    def start_at_brightness(self, mean):
+        """Before training: lets the decoder's first pictures have this mean brightness, scalar in (0, 1).
+
+        1 / (1 - m) - 1 / m is nearly the logit whose mean is m; Adam would take thousands of steps there.
+        """
+        self.decoder[-1].bias.fill_(1 / (1 - mean) - 1 / mean)
+
     def logits(self, z_q):
         """Embedded codes [B,D,6,6] -> continuous Bernoulli logits float32 [B,C,H,W] within +-max_logit."""
-        return self.decoder(z_q).float().clamp(-self.max_logit, self.max_logit)
+        return _Clamp.apply(self.decoder(z_q).float(), self.max_logit)
 
     @torch.no_grad()
     def decode(self, codes):
