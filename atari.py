@@ -25,6 +25,7 @@ import gymnasium as gym
 import numpy as np
 
 gym.register_envs(ale_py)
+ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)      # no banner for each new emulator
 
 STACK = 4  # frames per observation (Section 3.3)
 

@@ -79,10 +79,10 @@ class Dynamics(nn.Module):
         self.code_head = nn.Conv2d(hidden + num_actions, num_codes, 1)   # f(y_t), Eq. 6
         self.reward_head = RewardHead(hidden + num_actions, size)        # g(y_t), Eq. 7
 
-        # Initial weights, on which the paper is silent. h = o * tanh(c) starts out near 0.2, from which
-        # a default head makes no confident prediction for hundreds of updates: open the gates i and o,
-        # as the cell does f, and enlarge the head. And most codes stay where they are: start from
-        # convolutions that look at the place itself.
+        # Initial weights, on which the paper is silent. h = o * tanh(c) starts out near 0.2, from
+        # which a default head makes no confident prediction for hundreds of updates: open the gates
+        # i and o, as the cell does f, and enlarge the head. And most codes stay where they are:
+        # start from convolutions that look at the place itself.
         with torch.no_grad():
             for cell in (self.cell1, self.cell2):
                 cell.bias.view(4, -1)[[0, 3]] = 1.0

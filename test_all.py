@@ -9,24 +9,31 @@ definition written as a plain loop, 40-digit arithmetic, torch's own modules, pu
     python -m pytest test_all.py                 # two or three minutes on one core
     python -m pytest test_all.py -k codebook     # only the stops with this word in their name
 """
-import contextlib
 import csv
 import dataclasses
+import errno
 import json
 import math
 import os
 import pathlib
+import random
+import re
 import shutil
+import signal
+import struct
 import subprocess
 import sys
+import traceback
 import types
 
 import gymnasium as gym
+import matplotlib.pyplot                       # here, so that forked children need not
 import mpmath                                  # comes with torch
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+import torch._dynamo                           # Adam wants it: here, so that forked children
+import torch.nn.functional as F                # need not import it
 
 import evaluate
 import train
@@ -951,9 +958,10 @@ def test_the_vqvae_learns_only_in_its_own_updates():
                 if any(not torch.equal(v, before[n][k]) for k, v in m.state_dict().items())}
 
     assert moved(lambda: models.vqvae_update(windows[0][0], 1e-3)) == {"vqvae"}
-    assert moved(lambda: models.world_model_update(*windows)) == {"dynamics"}
+    assert moved(lambda: models.world_model_update(*windows, 1e-3, 4)) == {"dynamics"}
     rows = torch.tensor([0, 3, 7, 8])
-    assert moved(lambda: models.world_model_update(*windows, rows)) == {"vqvae", "dynamics"}
+    assert moved(lambda: models.world_model_update(*windows, 1e-3, 4, rows)) == {
+        "vqvae", "dynamics"}
     assert moved(lambda: models.policy_update(windows[0][0])) == {"policy"}
 
 
@@ -963,7 +971,7 @@ def test_the_scaled_reward_loss_still_trains_its_head():
     models, (x, actions, rewards, ends) = tiny_models(), tiny_windows()
     head = models.dynamics.reward_head.linear2.bias
     before = head.detach().clone()
-    models.world_model_update(x, actions, rewards + 1, ends)
+    models.world_model_update(x, actions, rewards + 1, ends, 1e-3, 4)
     # Adam's first step is the learning rate, whatever the gradient's scale.
     torch.testing.assert_close(head - before, torch.tensor([-1e-3, -1e-3, 1e-3]), rtol=1e-2, atol=0)
 
@@ -978,16 +986,14 @@ def test_with_bfloat16_each_gradient_step_sees_the_one_before():
     assert parts["approx_kl"] > 1e-5
 
 
-def test_no_update_waits_for_the_device(monkeypatch):
-    """Issue 2, "Device": all updates run on `meta`, where any look at a value is an error."""
-    real = torch.autocast                      # knows no `meta`, and reads no values
-    monkeypatch.setattr(torch, "autocast", lambda kind, *a, **k: contextlib.nullcontext()
-                        if kind == "meta" else real(kind, *a, **k))
+def test_no_update_waits_for_the_device():
+    """Ready for CUDA: all updates run on `meta`, where any look at a value is an error."""
     models, windows = tiny_models("meta"), tiny_windows("meta")
     x, rows = windows[0][0], torch.zeros(4, dtype=torch.int64, device="meta")
     run = types.SimpleNamespace(sums={}, first_bad=torch.full((), -1, device="meta"))
     for parts in (models.vqvae_update(x, 1e-3), models.vqvae_update(x, 1e-3, 40.0, True),
-                  models.world_model_update(*windows), models.world_model_update(*windows, rows),
+                  models.world_model_update(*windows, 1e-3, 4),
+                  models.world_model_update(*windows, 1e-3, 4, rows),
                   models.policy_update(x)):
         assert all(v.device.type == "meta" and v.shape == () for v in parts.values())
         train.Run.add(run, parts, 0)           # the averages of the stage
@@ -1051,7 +1057,7 @@ def smoke(tmp_path_factory):
 
 
 def test_smoke_preset_leaves_what_is_promised(smoke):
-    """Section 3.4 from end to end, twice around, and the run folder of issue 2."""
+    """Section 3.4 from end to end, twice around, and the run folder as the README draws it."""
     config = json.loads((smoke / "config.json").read_text())
     assert (config["game"], config["preset"], config["seed"]) == ("Freeway", "smoke", 0)
     with open(smoke / "metrics.csv") as file:
@@ -1065,7 +1071,7 @@ def test_smoke_preset_leaves_what_is_promised(smoke):
     assert float(rows[1]["code_loss"]) < float(rows[0]["code_loss"]) < math.log(128)    # it learns
     with open(smoke / "times.csv") as file:
         times = list(csv.DictReader(file))
-    assert list(times[0]) == ["iteration", *train.STAGES]
+    assert list(times[0]) == ["iteration", *train.STAGES, "peak_mb"]
     assert float(times[0]["warm_up"]) > 0 and float(times[1]["warm_up"]) == 0
     state = torch.load(smoke / "checkpoint.pt", weights_only=True)
     assert set(state["networks"]) == {"vqvae", "dynamics", "policy"}
@@ -1076,7 +1082,7 @@ def test_smoke_preset_leaves_what_is_promised(smoke):
 
 
 def test_a_run_is_never_overwritten(smoke):
-    """Issue 2: a second start on the same folder stops, and says how to go on."""
+    """A second start on the same folder stops, and says how to go on."""
     before = {p.name: p.stat().st_mtime_ns for p in smoke.iterdir()}
     assert_refused(f"--resume {smoke}", "train.py", "--game", "Freeway", "--preset", "smoke",
                    "--out", smoke.parent)
@@ -1084,7 +1090,7 @@ def test_a_run_is_never_overwritten(smoke):
 
 
 def test_evaluate_plays_a_run(smoke):
-    """Issue 2: evaluate.py prints the scores, the protocol and the paper's row for the game."""
+    """Evaluate.py prints the scores, the protocol and the paper's row for the game."""
     status, stdout, lines = command("evaluate.py", smoke, "--episodes", "1")
     assert status == 0, lines
     for said in ("after 600 real interactions", "sampled actions", "no sticky actions", "unclipped",
@@ -1093,7 +1099,7 @@ def test_evaluate_plays_a_run(smoke):
 
 
 def test_clear_words_for_an_unknown_game_or_device(tmp_path):
-    """Issue 2: one clear line, exit status not 0, and no folder left behind."""
+    """One clear line, exit status not 0, and no folder left behind."""
     start = ("--preset", "smoke", "--out", tmp_path / "runs")
     assert_refused("the nearest names: Pong", "train.py", *start, "--game", "Pogn")
     assert_refused("device 'banana' is not available", "train.py", *start, "--device", "banana")
@@ -1105,7 +1111,7 @@ def test_clear_words_for_an_unknown_game_or_device(tmp_path):
 
 
 def test_a_foreign_checkpoint_is_refused_and_its_code_not_run(tmp_path):
-    """Issue 2: checkpoints load with weights_only=True; anything else there is one clear line."""
+    """Checkpoints load with weights_only=True; anything else there is one clear line."""
     path, trap = tmp_path / "checkpoint.pt", tmp_path / "trap"
 
     def both_refuse(saying, folder=tmp_path):
@@ -1130,12 +1136,272 @@ def test_a_foreign_checkpoint_is_refused_and_its_code_not_run(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------
+# A long run can be trusted: nothing is lost, and resuming changes nothing
+# ----------------------------------------------------------------------------------------------
+# These tests fork a child that trains a tiny run and may be killed at any event: an update, a real
+# step, an fsync, a rename. Forking spares every child the seconds that importing torch takes.
+
+TINY = ("--game Breakout --preset smoke --iterations 2 --first_interactions 120 --interactions 60 "
+        "--warmup_epochs 0.5 --warmup_batch 8 --dynamics_batch 2 --dreams 2 --dream_steps 6 "
+        "--hidden 4 --vqvae_width 0.125 --policy_width 0.125 --world_model_epochs 1 "
+        "--ppo_updates 2 --eval_episodes 0 --final_episodes 1 --checkpoint_minutes 0.00001 "
+        "--device cpu").split()
+
+
+def in_child(arguments, die_at=None, log=None, patch=lambda: None):
+    """Runs train.main in a forked child -> (exit status, negative for a signal; number of events).
+
+    die_at: SIGKILL itself at that event. patch: called in the child, to break something first.
+    """
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            sink = os.open(log or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(sink, 1)
+            os.dup2(sink, 2)
+            sys.stdout = sys.stderr = os.fdopen(sink, "w", buffering=1)
+            count = [0]
+
+            def counted(function):
+                def wrapper(*args, **kwargs):
+                    count[0] += 1
+                    if count[0] == die_at:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    return function(*args, **kwargs)
+                return wrapper
+
+            os.fsync, os.replace = counted(os.fsync), counted(os.replace)
+            train.Run.add = counted(train.Run.add)
+            train.ExperienceBuffer.add = counted(train.ExperienceBuffer.add)
+            train.measure_rates = lambda config, n: dict.fromkeys(train.STAGES, 1.0)
+            train.progress_picture = lambda run: None                # seconds each, and no state
+            train.world_model_picture = lambda run: torch.zeros(())
+            patch()
+            train.main(arguments)
+            status = 0
+        except SystemExit as stop:
+            if isinstance(stop.code, str):
+                os.write(2, (stop.code + "\n").encode())
+            status = stop.code if isinstance(stop.code, int) else 1
+        except BaseException:
+            os.write(2, traceback.format_exc().encode())
+            status = 99
+        os.write(writer, struct.pack("q", count[0]))
+        os._exit(status)
+    os.close(writer)
+    _, code = os.waitpid(child, 0)
+    events = os.read(reader, 8)
+    os.close(reader)
+    return os.waitstatus_to_exitcode(code), struct.unpack("q", events)[0] if events else None
+
+
+def same(a, b):
+    """Bit for bit, through dicts, lists and tensors."""
+    if isinstance(a, torch.Tensor):
+        return (a.dtype, a.shape, a.numpy().tobytes()) == (b.dtype, b.shape, b.numpy().tobytes())
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+RUN = "Breakout-smoke-s0"
+CLOCKS = ("rates", "times", "config")       # wall-clock, and the folder's name: all else must agree
+
+
+def outcome(folder):
+    """What must not depend on kills: the final checkpoint without its clocks, and metrics.csv."""
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    return {k: v for k, v in state.items() if k not in CLOCKS}, (folder / "metrics.csv").read_text()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The unbroken run: (what it came to, how many events it took)."""
+    out = tmp_path_factory.mktemp("whole")
+    status, events = in_child([*TINY, "--out", str(out)])
+    assert status == 0
+    state, metrics = outcome(out / RUN)
+    assert state["iteration"] == 2 and len(metrics.splitlines()) == 3
+    return (state, metrics), events
+
+
+def assert_same_run(folder, expected, where=None):
+    state, metrics = outcome(folder)
+    assert metrics == expected[1], where
+    assert same(state, expected[0]), where
+
+
+def test_killed_at_any_moment_and_resumed_is_bit_for_bit_the_same(tmp_path, whole):
+    """SIGKILL at 24 moments spread over all stages and the inside of saves; each run is then
+    resumed and ends with the weights, optimiser states, random states and metrics of the unbroken
+    run."""
+    (expected, events), places = whole, set()
+    for i, die_at in enumerate(np.linspace(1, events - 1, 24).astype(int)):
+        out = tmp_path / f"killed{i}"
+        status, _ = in_child([*TINY, "--out", str(out)], die_at=die_at)
+        assert status == -signal.SIGKILL
+        if any((out / RUN).glob("checkpoint*.pt")):
+            state, _ = train.newest_checkpoint(out / RUN)
+            places.add((state["iteration"], state["stage"], state["update"]))
+        begun = (out / RUN / "config.json").exists()         # else there is nothing to resume
+        again = ["--resume", str(out / RUN)] if begun else [*TINY, "--out", str(out)]
+        status, _ = in_child(again, log=tmp_path / "log")
+        assert status == 0, (die_at, (tmp_path / "log").read_text())
+        assert_same_run(out / RUN, expected, die_at)
+        shutil.rmtree(out)
+    assert {stage for _, stage, _ in places} >= {"collect", "warm_up", "world_model", "policy"}
+    assert any(update > 0 for _, _, update in places)                # inside a stage too
+
+
+def test_killed_again_and_again(tmp_path, whole):
+    """Killed every 150 events until nothing is left to do: still the same run."""
+    status, _ = in_child([*TINY, "--out", str(tmp_path / "b")], die_at=150)
+    for _ in range(40):
+        if status == 0:
+            break
+        status, _ = in_child(["--resume", str(tmp_path / "b" / RUN)], die_at=150)
+    assert status == 0
+    assert_same_run(tmp_path / "b" / RUN, whole[0])
+
+
+def test_signals_save_and_say_how_to_go_on(tmp_path):
+    """Ctrl-C and SIGTERM: finish the update, save, print the command, exit 130 and 143."""
+    for number, expected in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        def interrupt():
+            original = train.Run.add
+
+            def add(run, parts, update):
+                original(run, parts, update)
+                if run.stage == "policy" and update == 1:
+                    os.kill(os.getpid(), number)
+            train.Run.add = add
+
+        out = tmp_path / str(number)
+        status, _ = in_child([*TINY, "--out", str(out)], log=tmp_path / "log", patch=interrupt)
+        log = (tmp_path / "log").read_text()
+        assert status == expected and f"--resume {out / RUN}" in log and "Traceback" not in log
+        state = train.read_checkpoint(out / RUN / "checkpoint.pt")
+        assert (state["stage"], state["update"]) == ("policy", 2)
+        assert in_child(["--resume", str(out / RUN)])[0] == 0
+
+
+def test_damaged_files_never_give_a_wrong_run(tmp_path, whole):
+    """Bits flipped and files cut at 54 random places of checkpoint and shards: the run either goes
+    on correctly from the older checkpoint or ends with one clear line. Never a traceback."""
+    def stop_in_second_round():
+        original = train.learn_policy
+
+        def learn_policy(run):
+            if run.iteration == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            original(run)
+        train.learn_policy = learn_policy
+
+    in_child([*TINY, "--out", str(tmp_path / "stopped")], patch=stop_in_second_round)
+    rng, clear, correct = random.Random(0), 0, 0
+    for trial in range(54):
+        out = tmp_path / "damaged"
+        shutil.copytree(tmp_path / "stopped", out)
+        path = rng.choice([out / RUN / "checkpoint.pt", out / RUN / "checkpoint.pt",
+                           out / RUN / "experience-01.npz", out / RUN / "experience-02.npz"])
+        data = bytearray(path.read_bytes())
+        place = rng.randrange(len(data))
+        if trial % 3 == 0:
+            data = data[:place]
+        else:
+            data[place] ^= 1 << rng.randrange(8)
+        path.write_bytes(data)
+        status, _ = in_child(["--resume", str(out / RUN)], log=tmp_path / "log")
+        log = (tmp_path / "log").read_text()
+        assert "Traceback" not in log, (trial, path, place, log)
+        if status == 0:
+            correct += 1
+            assert_same_run(out / RUN, whole[0], (trial, path, place))
+        else:
+            clear += 1
+            errors = [line for line in log.splitlines() if line.startswith("error:")]
+            assert status == 1 and len(errors) == 1 and path.name in errors[0], log
+        shutil.rmtree(out)
+    assert clear > 5 and correct > 5
+
+
+def test_full_disk_keeps_the_old_checkpoint_and_goes_on(tmp_path, whole):
+    """No space left during some saves: a warning, the old checkpoint stays whole, and the run ends
+    as if nothing had been."""
+    def fill_disk():
+        original, calls = os.fsync, [0]
+
+        def fsync(descriptor):
+            calls[0] += 1
+            if 20 <= calls[0] < 40:
+                train.read_checkpoint(folder / "checkpoint.pt")      # whole, or it raises
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return original(descriptor)
+        os.fsync = fsync
+
+    folder, log = tmp_path / RUN, tmp_path / "log"
+    status, _ = in_child([*TINY, "--out", str(tmp_path)], log=log, patch=fill_disk)
+    log = log.read_text()
+    assert status == 0 and "is full" in log and "Traceback" not in log, log
+    assert_same_run(folder, whole[0])
+    assert not list(folder.glob("*.tmp"))
+
+
+def test_nan_stops_the_run_and_spares_the_checkpoint(tmp_path):
+    """A NaN in a loss: one line with stage, update and last good checkpoint, which has none."""
+    def poison():
+        original = train.Run.add
+
+        def add(run, parts, update):
+            if run.stage == "world_model" and update == 2:
+                run.models.policy.critic.bias.data.fill_(math.nan)
+                parts = parts | {"code_loss": torch.tensor(math.nan)}
+            original(run, parts, update)
+        train.Run.add = add
+
+    status, _ = in_child([*TINY, "--out", str(tmp_path)], log=tmp_path / "log", patch=poison)
+    error = [line for line in (tmp_path / "log").read_text().splitlines() if "error:" in line]
+    assert status == 1 and len(error) == 1
+    assert "world_model" in error[0] and "update 2" in error[0] and "checkpoint.pt" in error[0]
+    state = train.read_checkpoint(tmp_path / RUN / "checkpoint.pt")
+    assert all(t.isfinite().all() for net in state["networks"].values() for t in net.values())
+
+
+def test_one_process_per_folder_and_honest_refusals(tmp_path):
+    """A second process, a changed setting, a missing shard: one line that says what to do."""
+    def refused(*arguments, contains):
+        status, _ = in_child([*arguments], log=tmp_path / "log")
+        text = (tmp_path / "log").read_text()
+        errors = [line for line in text.splitlines() if line.startswith("error:")]
+        assert status == 1 and len(errors) == 1 and "Traceback" not in text, text
+        assert all(word in errors[0] for word in contains), errors[0]
+
+    assert in_child([*TINY, "--out", str(tmp_path)])[0] == 0
+    folder = tmp_path / RUN
+    lock = train.lock_folder(folder)                                 # this process is the first
+    refused("--resume", str(folder), contains=["another process"])
+    lock.close()
+    refused("--resume", str(folder), "--game", "Pong", contains=["game", "Breakout", "Pong"])
+    refused("--resume", str(folder), "--gamma", "0.5", contains=["gamma", "0.99", "0.5"])
+    refused("--resume", str(folder), "--final_episodes", "2",
+            contains=["--override final_episodes"])
+    refused("--resume", str(folder), "--override", "gamma", "--gamma", "0.5", contains=["gamma"])
+    refused(*TINY, "--out", str(tmp_path), contains=["--resume", RUN])
+    (folder / "experience-01.npz").unlink()
+    refused("--resume", str(folder), contains=["experience-01.npz"])
+
+
+# ----------------------------------------------------------------------------------------------
 # The house itself
 # ----------------------------------------------------------------------------------------------
 
 
 def test_every_component_stands_alone(tmp_path):
-    """Issue 2: a file alone in an empty folder imports; dynamics.py brings convlstm.py."""
+    """A file alone in an empty folder imports; dynamics.py brings convlstm.py."""
     needs = {"atari": [], "vqvae": [], "convlstm": [], "ppo": [], "dynamics": ["convlstm"]}
     for name, others in needs.items():
         (tmp_path / name).mkdir()
@@ -1150,7 +1416,7 @@ def test_every_component_stands_alone(tmp_path):
 
 
 def test_the_top_level_is_as_promised():
-    """Issue 2, "The files": exactly these."""
+    """The files that the README lists, and nothing else."""
     listing = subprocess.run(["git", "ls-files"], cwd=HERE, capture_output=True, text=True)
     if listing.returncode != 0:
         pytest.skip("not a git checkout")
@@ -1158,6 +1424,23 @@ def test_the_top_level_is_as_promised():
     assert {n for n in names if not n.startswith(".")} - {"results"} == {
         "README.md", "requirements.txt", "LICENSE", "vqvae.py", "convlstm.py", "dynamics.py",
         "ppo.py", "atari.py", "train.py", "evaluate.py", "test_all.py"}
+
+
+def test_the_readme_tells_the_truth_about_the_code():
+    """The README's map points at the right lines, its tables are complete, its counts are right."""
+    text = (HERE / "README.md").read_text()
+    places = re.findall(r"\[`([\w.]+)`\]\((\w+\.py)#L(\d+)\)", text)
+    assert len(places) > 20
+    for name, file, number in places:
+        line = (HERE / file).read_text().splitlines()[int(number) - 1]
+        assert re.search(rf"\b{name.split('.')[-1]}\b", line), (name, file, number, line)
+    counts = re.findall(r"\| \[(\w+\.py)\]\(\1\) \| (\d+) \|", text)
+    assert len(counts) == 8
+    for file, count in counts:
+        assert int(count) == len((HERE / file).read_text().splitlines()), file
+    for column, meaning in train.METRICS.items():
+        assert f"| `{column}` |" in text, column
+    assert "@@" not in text
 
 
 def test_no_line_is_longer_than_100_characters():

@@ -1,18 +1,19 @@
-"""The whole algorithm (Section 3.4): collect, warm up, learn the world model, learn the policy in dreams, evaluate.
+"""The whole algorithm (Section 3.4): collect, warm up, world model, policy in dreams, evaluate.
 
-    python train.py --game Freeway                          # paper preset on CUDA, small preset elsewhere
-    python train.py --game Pong --preset smoke              # every stage once or twice, in two minutes
-    python train.py --resume runs/Freeway-small-s0          # goes on where a run was stopped or killed
-    python train.py --preset paper --benchmark              # how long would it take here?
+    python train.py --game Freeway                   # paper preset on CUDA, small preset elsewhere
+    python train.py --game Pong --preset smoke       # every stage once or twice, in two minutes
+    python train.py --resume runs/Freeway-small-s0   # goes on where a run was stopped or killed
+    python train.py --preset paper --benchmark       # how long would it take here?
 
-The loop at the end of `train` is the paper's; above it, one function per stage, in the order of the loop;
-above those, what every long run needs: settings, checkpoints, and an honest clock.
+The loop at the end of `train` is the paper's; above it, one function per stage, in the order of the
+loop; above those, what every long run needs: settings, checkpoints, and an honest clock.
 
-Random numbers: batches are drawn by numpy generators that are a pure function of (seed, iteration, stage,
-epoch), everything else by torch's global generator, whose state is in the checkpoint. So a run that was killed
-and resumed ends bit for bit as one that never was.
+Random numbers: batches are drawn by numpy generators that are a pure function of (seed, iteration,
+stage, epoch), everything else by torch's global generator, whose state is in the checkpoint. So a
+run that was killed and resumed ends bit for bit as one that never was.
 
-Dimension key:  B batch   L = 11 observations in a window   T = 50 dreamed steps   K = 128 codes   M actions
+Dimension key:  B batch   L = 11 observations in a window   T = 50 dreamed steps   K = 128 codes
+                M actions
 """
 import argparse
 import contextlib
@@ -40,70 +41,75 @@ from dynamics import Dynamics, dream, sample
 from ppo import ActorCritic, ppo_update
 from vqvae import VQVAE, foreground_error, foreground_weight
 
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Settings
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def setting(default, text):
-    """A dataclass field with its line of help. Sources: "paper 3.4" its section, "released" the authors' code."""
+    """A dataclass field with its line of help.
+    Sources: "paper 3.4" its section, "released" the authors' code.
+    """
     return dataclasses.field(default=default, metadata={"help": text})
 
 
 @dataclasses.dataclass
 class Config:
-    """Every setting of a run; the defaults are the `paper` preset. Each field is a flag of the same name."""
+    """Every setting of a run; the defaults are the `paper` preset.
+    Each field is a flag of the same name.
+    """
 
     game: str = setting("Freeway", "Atari game as in the paper's tables, e.g. Pong or BankHeist")
-    preset: str = setting("paper", "paper: the paper's size; small: two CPU cores; smoke: two minutes")
+    preset: str = setting("paper", "paper: the paper's size; small: 2 CPU cores; smoke: 2 minutes")
     seed: int = setting(0, "seed of all randomness")
     device: str = setting("cpu", "torch device: cuda, cpu (default: cuda where it is there)")
     out: str = setting("runs", "folder in which the run's own folder is made")
-    checkpoint_minutes: float = setting(4.0, "save at least this often, so that no more work than this is lost")
-    bf16: bool = setting(True, "bfloat16 autocast where the processor computes in it (ours: same sizes, faster)")
-    scale: float = setting(1.0, "multiplies all numbers of updates: spend more time, or less (ours)")
+    checkpoint_minutes: float = setting(4.0, "save at least this often: no more work can be lost")
+    bf16: bool = setting(True, "bfloat16 if the hardware computes in it (ours: same sizes, faster)")
+    scale: float = setting(1.0, "multiplies all numbers of updates: more time, or less (ours)")
 
     # Real experience
     iterations: int = setting(15, "rounds of collect, world model, policy (paper 3.4)")
-    first_interactions: int = setting(12_800, "steps of four frames in round 1, random policy (paper 3.4)")
+    first_interactions: int = setting(12_800, "4-frame steps in round 1, random policy (paper 3.4)")
     interactions: int = setting(6_400, "steps in every later round (paper 3.4)")
-    random_hold: int = setting(1, "second half of round 1: hold a random action for up to so many steps (ours)")
-    collect_temperature: float = setting(1.5, "softmax temperature of the policy when collecting (released)")
+    random_hold: int = setting(1, "second half of round 1: hold actions up to so many steps (ours)")
+    collect_temperature: float = setting(1.5, "softmax temperature when collecting (released)")
 
     # Observation model (Section 3.3, "Latent Representations")
-    vqvae_width: float = setting(1.0, "hidden channels of encoder and decoder, times (paper, Table 3)")
-    max_logit: float = setting(15.9, "pixel logits are clamped to +- this (what torch.distributions does)")
+    vqvae_width: float = setting(1.0, "channels of encoder and decoder, times (paper, Table 3)")
+    max_logit: float = setting(15.9, "pixel logits are clamped to +- this (as torch.distributions)")
     vqvae_lr: float = setting(1e-4, "Adam's learning rate after the warm-up (released)")
-    warmup_lr: float = setting(1e-3, "Adam's learning rate in the warm-up, 'higher' (paper 3.4; value released)")
-    warmup_lr_end: float = setting(1e-3, "the warm-up's learning rate falls to this, linearly (ours)")
-    warmup_epochs: float = setting(50, "passes over the first observations, VQ-VAE alone (paper 3.4)")
+    warmup_lr: float = setting(1e-3, "learning rate in the warm-up, 'higher' (paper 3.4; released)")
+    warmup_lr_end: float = setting(1e-3, "warm-up's learning rate falls to this, linearly (ours)")
+    warmup_epochs: float = setting(50, "passes over round 1's data, VQ-VAE alone (paper 3.4)")
     warmup_batch: int = setting(40, "observations per warm-up update (released)")
-    foreground: float = setting(0.0, "extra weight of pixels off the background, a tenth of it in the end (ours)")
-    commitment: float = setting(0.25, "weight of the commitment loss, a mean over elements (released)")
-    revive_codes: bool = setting(False, "warm-up starts codes at encoder outputs, moves unused ones there (ours)")
-    vqvae_every: int = setting(3, "after the warm-up, update the VQ-VAE in every n-th step (paper 3.4)")
-    vqvae_batch: int = setting(44, "observations of each of those updates; 44: all of the window batch (released)")
+    foreground: float = setting(0.0, "extra weight of foreground pixels, a tenth at the end (ours)")
+    commitment: float = setting(0.25, "weight of commitment loss, a mean over elements (released)")
+    revive_codes: bool = setting(False, "warm-up moves unused codes to encoder outputs (ours)")
+    vqvae_every: int = setting(3, "after the warm-up, VQ-VAE update in every n-th step (paper 3.4)")
+    vqvae_batch: int = setting(44, "observations per such update; 44: the whole batch (released)")
 
     # Dynamics (Section 3.2-3.3)
     hidden: int = setting(128, "channels of each ConvLSTM cell (paper, Table 3)")
     dynamics_lr: float = setting(5e-4, "Adam's learning rate (released)")
     dynamics_lr_end: float = setting(5e-4, "falls to this in each round, linearly (ours)")
-    reward_lr: float = setting(1e-3, "Adam's learning rate of the reward head, 'higher' (paper 3.4; released)")
-    reward_weight: float = setting(1e-6, "weight of the reward loss, 'scaled down' (paper 3.4; value released)")
+    reward_lr: float = setting(1e-3, "reward head's learning rate, 'higher' (paper 3.4; released)")
+    reward_weight: float = setting(1e-6, "weight of the reward loss, tiny (paper 3.4; released)")
     dynamics_batch: int = setting(4, "windows per update (released)")
     window: int = setting(11, "observations per window: 10 predictions (released)")
-    context: int = setting(4, "inputs that are true codes; after them the model reads its samples (released)")
-    teacher: float = setting(0.0, "first share of each round's updates in which all inputs are true (ours)")
-    reward_windows: float = setting(0.0, "share of each batch drawn from windows that hold a reward (ours)")
+    context: int = setting(4, "inputs that are true codes; then the model's samples (released)")
+    teacher: float = setting(0.0, "first share of a round's updates with all inputs true (ours)")
+    reward_windows: float = setting(0.0, "share of each batch from windows with a reward (ours)")
     world_model_epochs: tuple = setting(
-        (140, 32, 24, 20, 16, 14, 12, 11, 10, 9, 8, 8, 7, 7, 6), "passes over all data in each round (released)")
+        (140, 32, 24, 20, 16, 14, 12, 11, 10, 9, 8, 8, 7, 7, 6), "passes in each round (released)")
 
     # Policy (Section 3.3, "Policy", and 3.4)
     policy_width: float = setting(1.0, "hidden units, times (paper, Table 3)")
     dreams: int = setting(16, "dreams side by side (released)")
     dream_steps: int = setting(50, "steps until every dream ends (paper 3.4)")
-    ppo_updates: tuple = setting((1000,) * 7 + (2000,) + (1000,) * 3 + (2000,) + (1000,) * 2 + (3000,),
-                                 "rollouts and PPO updates in each round (released)")
+    ppo_updates: tuple = setting(
+        (1000,) * 7 + (2000,) + (1000,) * 3 + (2000,) + (1000,) * 2 + (3000,),
+        "rollouts and PPO updates in each round (released)")
     policy_lr: float = setting(2.5e-4, "Adam's learning rate (released)")
     ppo_epochs: int = setting(4, "passes over each rollout (released)")
     minibatch: int = setting(256, "samples per gradient step (released)")
@@ -118,7 +124,7 @@ class Config:
     # Evaluation: whole real episodes, never trained on
     eval_episodes: int = setting(8, "episodes after each round (ours)")
     final_episodes: int = setting(32, "episodes after the last round (released)")
-    eval_temperature: float = setting(1.0, "softmax temperature of the policy when evaluated (released)")
+    eval_temperature: float = setting(1.0, "softmax temperature when evaluated (released)")
 
 
 PRESETS = {
@@ -127,8 +133,8 @@ PRESETS = {
         random_hold=32, vqvae_width=0.5, warmup_epochs=7, warmup_batch=12, warmup_lr_end=1e-4,
         foreground=40, commitment=50, revive_codes=True, vqvae_batch=16,
         hidden=32, dynamics_batch=8, dynamics_lr=2e-3, dynamics_lr_end=2e-4, teacher=0.7,
-        reward_windows=0.25,
-        world_model_epochs=(11, 3.7, 2.8, 2.2, 1.8, 1.6, 1.4, 1.2, 1.1, 1, 0.9, 0.85, 0.8, 0.75, 0.7),
+        reward_windows=0.25, world_model_epochs=(
+            11, 3.7, 2.8, 2.2, 1.8, 1.6, 1.4, 1.2, 1.1, 1, 0.9, 0.85, 0.8, 0.75, 0.7),
         policy_width=0.5, dreams=64, ppo_updates=(60,) * 15, eval_episodes=4),
     "smoke": dict(
         iterations=2, first_interactions=400, interactions=200,
@@ -141,8 +147,8 @@ PRESETS = {
 MAY_CHANGE = ("device", "out", "checkpoint_minutes", "bf16", "eval_episodes", "final_episodes")
 STAGES = ("collect", "warm_up", "world_model", "policy", "evaluate")
 SCHEMA = 1                                          # of the checkpoint, and what is in it:
-STATE = {"schema", "config", "iteration", "stage", "update", "networks", "optimizers", "torch_rng", "cuda_rng",
-         "sums", "rows", "times", "returns", "shards", "rates"}
+STATE = {"schema", "config", "iteration", "stage", "update", "networks", "optimizers", "torch_rng",
+         "cuda_rng", "sums", "rows", "times", "returns", "shards", "rates"}
 
 
 class UserError(Exception):
@@ -154,11 +160,13 @@ def check(config):
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
         for v in value if isinstance(value, tuple) else (value,):
-            if isinstance(v, (int, float)) and not isinstance(v, bool) and not (math.isfinite(v) and v >= 0):
+            if (isinstance(v, (int, float)) and not isinstance(v, bool)
+                    and not (math.isfinite(v) and v >= 0)):
                 raise UserError(f"--{f.name} must be a number of 0 or more, not {v}")
-    for name in ("iterations", "interactions", "warmup_batch", "vqvae_every", "vqvae_batch", "hidden",
-                 "dynamics_batch", "dreams", "dream_steps", "ppo_epochs", "final_episodes", "vqvae_width",
-                 "policy_width", "collect_temperature", "eval_temperature", "scale", "random_hold", "checkpoint_minutes", "max_logit"):
+    for name in ("iterations", "interactions", "warmup_batch", "vqvae_every", "vqvae_batch",
+                 "hidden", "dynamics_batch", "dreams", "dream_steps", "ppo_epochs",
+                 "final_episodes", "vqvae_width", "policy_width", "collect_temperature",
+                 "eval_temperature", "scale", "random_hold", "checkpoint_minutes", "max_logit"):
         if getattr(config, name) <= 0:
             raise UserError(f"--{name} must be more than 0")
     if config.window < 2 or config.context < 1 or config.minibatch < 2:
@@ -176,7 +184,8 @@ def check(config):
         torch.zeros(1, device=config.device).cpu()
     except (RuntimeError, AssertionError):
         there = "cuda or cpu" if torch.cuda.is_available() else "cpu"
-        raise UserError(f"device {config.device!r} is not available here; use --device {there}") from None
+        raise UserError(f"device {config.device!r} is not available here; "
+                        f"use --device {there}") from None
 
 
 def has_bf16(device):
@@ -186,9 +195,9 @@ def has_bf16(device):
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The models and one update of each: no host synchronisation in here, so that a GPU never waits
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class Models:
@@ -203,17 +212,19 @@ class Models:
             self.dynamics = Dynamics(num_actions, hidden=config.hidden)
             self.policy = ActorCritic(num_actions, width=config.policy_width)
         self.background = torch.zeros(96, 96, dtype=torch.uint8, device=self.device)
-        self.vqvae.eval()                           # train() only around its own updates: batch norms
-        # The reward loss is scaled down by reward_weight for the trunk's sake. Adam divides the scale out
-        # again for the head, whose eps must shrink with it.
+        self.vqvae.eval()                       # train() only around its own updates: batch norms
+        # The reward loss is scaled down by reward_weight for the trunk's sake. Adam divides the
+        # scale out again for the head, whose eps must shrink with it.
         head = list(self.dynamics.reward_head.parameters())
-        trunk = [p for name, p in self.dynamics.named_parameters() if not name.startswith("reward_head.")]
+        trunk = [p for name, p in self.dynamics.named_parameters()
+                 if not name.startswith("reward_head.")]
         fused = self.device.type in ("cpu", "cuda")
         self.optimizers = {
             "vqvae": torch.optim.Adam(self.vqvae.parameters(), lr=config.vqvae_lr, fused=fused),
             "dynamics": torch.optim.Adam([
                 {"params": trunk, "lr": config.dynamics_lr},
-                {"params": head, "lr": config.reward_lr, "eps": 1e-8 * config.reward_weight}], fused=fused),
+                {"params": head, "lr": config.reward_lr, "eps": 1e-8 * config.reward_weight}],
+                fused=fused),
             "policy": torch.optim.Adam(self.policy.parameters(), lr=config.policy_lr, fused=fused),
         }
 
@@ -221,14 +232,17 @@ class Models:
         return {"vqvae": self.vqvae, "dynamics": self.dynamics, "policy": self.policy}
 
     def autocast(self, cache=True):
-        """bfloat16 where it is fast. The cache keeps the cast weights until the context ends: it must be
-        off where weights change inside, or later steps would go on with the old ones."""
+        """bfloat16 where it is fast. The cache keeps the cast weights until the context ends: it
+        must be off where weights change inside, or later steps would go on with the old ones.
+        """
         if self.use_bf16:
             return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=cache)
         return contextlib.nullcontext()
 
     def to_device(self, array):
-        """numpy -> device. Frames travel as bytes and become floats there; pinned memory needs no waiting."""
+        """numpy -> device.
+        Frames travel as bytes and become floats there; pinned memory needs no waiting.
+        """
         tensor = torch.from_numpy(array)
         if self.device.type == "cuda":
             tensor = tensor.pin_memory()
@@ -240,7 +254,9 @@ class Models:
         self.optimizers[name].step()
 
     def vqvae_update(self, x, lr, foreground=0.0, revive=False):
-        """One gradient step of the VQ-VAE on observations uint8 [B, 4, 96, 96] -> parts of its loss."""
+        """One gradient step of the VQ-VAE on observations uint8 [B, 4, 96, 96]
+        -> parts of its loss.
+        """
         self.optimizers["vqvae"].param_groups[0]["lr"] = lr
         weight = foreground_weight(x, self.background, foreground) if foreground else None
         self.vqvae.train()
@@ -251,20 +267,22 @@ class Models:
         return parts
 
     def world_model_update(self, x, actions, rewards, ends, lr, context, vqvae_rows=None):
-        """One gradient step of the dynamics on windows, and before it one of the VQ-VAE if vqvae_rows are given.
+        """One gradient step of the dynamics on windows,
+        and before it one of the VQ-VAE if vqvae_rows are given.
 
-        x uint8 [B, L, 4, 96, 96], actions int64, rewards float, ends bool [B, L]; vqvae_rows int64 [n]:
-        which of the B * L observations the VQ-VAE learns from.
+        x uint8 [B, L, 4, 96, 96], actions int64, rewards float, ends bool [B, L];
+        vqvae_rows int64 [n]: which of the B * L observations the VQ-VAE learns from.
         """
         B, L = x.shape[:2]
         flat = x.flatten(0, 1)
         parts = {}
         if vqvae_rows is not None:
-            parts = self.vqvae_update(flat[vqvae_rows], self.config.vqvae_lr, 0.1 * self.config.foreground)
+            parts = self.vqvae_update(flat[vqvae_rows], self.config.vqvae_lr,
+                                      0.1 * self.config.foreground)
         with self.autocast():
-            codes = self.vqvae.encode(flat).view(B, L, 6, 6)     # the targets move with the VQ-VAE (3.4)
-            loss, dynamics_parts = self.dynamics.loss(codes, actions, rewards, ends, self.vqvae.embed,
-                                                      context, self.config.reward_weight)
+            codes = self.vqvae.encode(flat).view(B, L, 6, 6)    # targets move with the VQ-VAE (3.4)
+            loss, dynamics_parts = self.dynamics.loss(
+                codes, actions, rewards, ends, self.vqvae.embed, context, self.config.reward_weight)
         self.optimizers["dynamics"].param_groups[0]["lr"] = lr
         self.step("dynamics", loss)
         return parts | dynamics_parts
@@ -273,28 +291,32 @@ class Models:
         """Dreams from observations uint8 [B, 4, 96, 96], then PPO on what was dreamed -> parts."""
         c = self.config
         with self.autocast():
-            rollout = dream(self.dynamics, self.vqvae.embed, self.policy, self.vqvae.encode(x), c.dream_steps)
+            rollout = dream(self.dynamics, self.vqvae.embed, self.policy, self.vqvae.encode(x),
+                            c.dream_steps)
             T, B = rollout["actions"].shape
             observations = self.vqvae.embed(rollout["codes"].flatten(0, 1)).unflatten(0, (T, B))
         with self.autocast(cache=False):
             # The last step is terminal, so no value follows it.
             parts = ppo_update(self.policy, self.optimizers["policy"], observations, rollout,
-                               torch.zeros(B, device=self.device), c.gamma, c.lam, c.ppo_epochs, c.minibatch,
-                               c.max_grad_norm, clip=c.clip, value_clip=c.value_clip, value_coef=c.value_coef,
-                               entropy_coef=c.entropy_coef)
+                               torch.zeros(B, device=self.device), c.gamma, c.lam, c.ppo_epochs,
+                               c.minibatch, c.max_grad_norm, clip=c.clip, value_clip=c.value_clip,
+                               value_coef=c.value_coef, entropy_coef=c.entropy_coef)
         return parts | {"dream_return": rollout["rewards"].sum(0).mean()}
 
     @torch.no_grad()
     def act(self, observations, temperature):
-        """Observations uint8 numpy [B, 4, 96, 96] -> actions numpy int64 [B], sampled (Eq. 2: z, then a)."""
+        """Observations uint8 numpy [B, 4, 96, 96] -> actions numpy int64 [B],
+        sampled (Eq. 2: z, then a).
+        """
         with self.autocast():
-            logits, _ = self.policy(self.vqvae.embed(self.vqvae.encode(self.to_device(observations))))
+            logits, _ = self.policy(self.vqvae.embed(
+                self.vqvae.encode(self.to_device(observations))))
         return sample(logits, temperature).cpu().numpy()
 
 
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A run: where it stands, what it has seen, and how it gets onto the disk in one piece
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def sync_folder(folder):
@@ -327,7 +349,9 @@ def write_atomically(path, data, keep=None):
 
 
 def lock_folder(folder):
-    """Keeps a second process out of a run folder; the lock dies with the process, however it dies."""
+    """Keeps a second process out of a run folder;
+    the lock dies with the process, however it dies.
+    """
     file = open(folder / "lock", "w")
     try:
         import fcntl
@@ -340,7 +364,9 @@ def lock_folder(folder):
 
 
 def read_checkpoint(path):
-    """The dict that Run.save wrote. Raises UserError with one line if it is damaged, foreign or carries code."""
+    """The dict that Run.save wrote.
+    Raises UserError with one line if it is damaged, foreign or carries code.
+    """
     try:
         # The archive holds a checksum of each of its parts, which torch does not look at.
         with zipfile.ZipFile(path) as archive:
@@ -352,14 +378,17 @@ def read_checkpoint(path):
         raise
     except Exception as error:                      # whatever a damaged or malicious file provokes
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"{path} is damaged or no checkpoint of this program ({reason[0][:80]})") from None
+        raise UserError(f"{path} is damaged or no checkpoint of this program "
+                        f"({reason[0][:80]})") from None
     if not isinstance(state, dict) or state.get("schema") != SCHEMA or set(state) != STATE:
         raise UserError(f"{path} is no checkpoint of this version of train.py")
     return state
 
 
 def newest_checkpoint(folder):
-    """(state, path) of the newer of the two checkpoints that is whole; says so if the newer one is not."""
+    """(state, path) of the newer of the two checkpoints that is whole;
+    says so if the newer one is not.
+    """
     problems = []
     for name in ("checkpoint.pt", "checkpoint-previous.pt"):
         if (folder / name).exists():
@@ -371,7 +400,8 @@ def newest_checkpoint(folder):
             for problem in problems:
                 print(f"warning: {problem}; going on from {name}", file=sys.stderr)
             return state, folder / name
-    raise UserError("; ".join(problems) or f"{folder} holds no checkpoint; start a run without --resume")
+    raise UserError("; ".join(problems)
+                    or f"{folder} holds no checkpoint; start a run without --resume")
 
 
 def config_from(state):
@@ -386,9 +416,10 @@ def config_from(state):
 class Run:
     """Everything that a run is: settings, models, experience, position, figures so far.
 
-    The position is (iteration, stage, update): so many updates of this stage are done. `updates` counts it
-    on, `finish_stage` moves to the next stage; both save. Reward sums and other averages of a stage are in
-    `sums`, finished figures in `rows` (one dict per iteration -> metrics.csv), seconds in `times`.
+    The position is (iteration, stage, update): so many updates of this stage are done. `updates`
+    counts it on, `finish_stage` moves to the next stage; both save. Reward sums and other averages
+    of a stage are in `sums`, finished figures in `rows` (one dict per iteration -> metrics.csv),
+    seconds in `times`.
     """
 
     def __init__(self, config, folder, state=None):
@@ -401,7 +432,7 @@ class Run:
         self.buffer = ExperienceBuffer(len_experience(config))
         self.iteration, self.stage, self.update = 0, "collect", 0
         self.sums, self.rows, self.times, self.shards, self.returns = {}, [], [], [], []
-        self.rates = rates                          # seconds per unit of work of each stage, for the estimate
+        self.rates = rates                      # seconds per unit of work, for the estimate
         self.first_bad = torch.full((), -1, device=self.device)
         self.stop_signal, self.saved_at = None, time.monotonic()
         if state:
@@ -416,7 +447,8 @@ class Run:
             "networks": {name: m.state_dict() for name, m in self.models.networks().items()},
             "optimizers": {name: o.state_dict() for name, o in self.models.optimizers.items()},
             "torch_rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            "cuda_rng": (torch.cuda.get_rng_state(self.device)
+                         if self.device.type == "cuda" else None),
             "sums": self.sums, "rows": self.rows, "times": self.times, "returns": self.returns,
             "shards": self.shards, "rates": self.rates,
         }
@@ -427,7 +459,8 @@ class Run:
                 network.load_state_dict(state["networks"][name])
             for name, optimizer in self.models.optimizers.items():
                 optimizer.load_state_dict(state["optimizers"][name])
-            self.iteration, self.stage, self.update = state["iteration"], state["stage"], state["update"]
+            self.iteration, self.stage, self.update = (state["iteration"], state["stage"],
+                                                       state["update"])
             self.sums = {k: v.to(self.device) for k, v in state["sums"].items()}
             self.rows, self.times, self.returns = state["rows"], state["times"], state["returns"]
             self.shards = state["shards"]
@@ -436,12 +469,15 @@ class Run:
                 torch.cuda.set_rng_state(state["cuda_rng"], self.device)
         except (KeyError, RuntimeError, TypeError, ValueError, AttributeError) as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise UserError(f"the checkpoint does not fit its own settings ({reason[0][:80]})") from None
+            raise UserError(f"the checkpoint does not fit its own settings "
+                            f"({reason[0][:80]})") from None
         for shard in self.shards:
             self.buffer.add(**read_shard(self.folder, shard))
 
     def save(self):
-        """Experience first, then the checkpoint that names it. A full disk is reported and survived."""
+        """Experience first, then the checkpoint that names it.
+        A full disk is reported and survived.
+        """
         self.check_finite()
         try:
             for shard in self.shards:
@@ -455,13 +491,22 @@ class Run:
             self.write_tables()
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise UserError(f"cannot write {self.folder}: {error.strerror}; the last checkpoint is "
-                                f"untouched") from None
-            need = sum(t.numel() * t.element_size() for m in self.models.networks().values()
-                       for t in m.state_dict().values()) * 3 / 2**20
-            tqdm.write(f"warning: the disk of {self.folder} is full: a checkpoint needs about {need:.0f} MB. The "
-                       f"last one is untouched; training goes on and tries again at the next save.", file=sys.stderr)
+                raise UserError(f"cannot write {self.folder}: {error.strerror}; "
+                                f"the last checkpoint is untouched") from None
+            tqdm.write(f"warning: the disk of {self.folder} is full: a checkpoint needs about "
+                       f"{self.checkpoint_bytes() / 2**20:.0f} MB. The last one is untouched; "
+                       f"training goes on and tries again at the next save.", file=sys.stderr)
         self.saved_at = time.monotonic()
+
+    def checkpoint_bytes(self):
+        """Weights and two Adam moments of each."""
+        return 3 * sum(t.numel() * t.element_size() for m in self.models.networks().values()
+                       for t in m.state_dict().values())
+
+    def disk_need(self):
+        """Bytes: three checkpoints (two are kept while one is written), 2 kB a compressed frame."""
+        left = len_experience(self.config) - len(self.buffer)
+        return 3 * self.checkpoint_bytes() + 2000 * left
 
     def write_tables(self):
         write_table(self.folder / "metrics.csv", METRICS, self.rows)
@@ -471,8 +516,9 @@ class Run:
         """Stops the run before a NaN or infinity can reach a checkpoint."""
         bad = int(self.first_bad)
         if bad >= 0:
-            raise UserError(f"a loss became NaN or infinite in iteration {self.iteration + 1}, stage {self.stage}, "
-                            f"update {bad}; the last good checkpoint is {self.folder / 'checkpoint.pt'}")
+            raise UserError(f"a loss became NaN or infinite in iteration {self.iteration + 1}, "
+                            f"stage {self.stage}, update {bad}; the last good checkpoint is "
+                            f"{self.folder / 'checkpoint.pt'}")
 
     def leave(self):
         """After Ctrl-C or SIGTERM: says how to go on, exits 130 or 143."""
@@ -482,11 +528,14 @@ class Run:
     # ---- position
 
     def updates(self, total):
-        """Yields the numbers of the updates of this stage that are still to do, counting and saving on the way."""
-        label = f"{self.iteration + 1:2d}/{self.config.iterations} {self.stage.replace('_', ' '):11s}"
+        """Yields the numbers of the updates of this stage that are still to do,
+        counting and saving on the way.
+        """
+        label = (f"{self.iteration + 1:2d}/{self.config.iterations} "
+                 f"{self.stage.replace('_', ' '):11s}")
         begun, first = time.monotonic(), self.update
-        with tqdm(total=total, initial=self.update, desc=label, disable=not sys.stderr.isatty(), leave=False,
-                  dynamic_ncols=True) as bar:
+        with tqdm(total=total, initial=self.update, desc=label, disable=not sys.stderr.isatty(),
+                  leave=False, dynamic_ncols=True) as bar:
             while self.update < total:
                 yield self.update
                 self.update += 1
@@ -494,7 +543,8 @@ class Run:
                 now = time.monotonic()
                 self.rates[self.stage] = (now - begun) / (self.update - first)
                 if not bar.disable:
-                    bar.set_postfix_str(f"whole run: {clock(self.seconds_left())} left", refresh=False)
+                    bar.set_postfix_str(f"whole run: {clock(self.seconds_left())} left",
+                                        refresh=False)
                 if self.stop_signal or now - self.saved_at > 60 * self.config.checkpoint_minutes:
                     self.add_time(begun)
                     begun, first = time.monotonic(), self.update
@@ -508,17 +558,23 @@ class Run:
         while len(self.times) <= self.iteration:
             self.times.append({"iteration": len(self.times) + 1} | {stage: 0.0 for stage in STAGES})
         self.times[self.iteration][self.stage] += time.monotonic() - begun
+        self.times[self.iteration]["peak_mb"] = peak_memory(self.device)
 
     def add(self, parts, update):
-        """Adds one update's figures to the stage's averages, on the device. NaN means "there was none"."""
+        """Adds one update's figures to the stage's averages, on the device.
+        NaN means "there was none".
+        """
         for k, v in parts.items():
             pair = torch.stack([v.nan_to_num(), v.isfinite().to(v.dtype)])
             self.sums[k] = self.sums[k] + pair if k in self.sums else pair
-        bad = ~torch.stack([v for k, v in parts.items() if not k.startswith("reward_accuracy")]).isfinite().all()
+        bad = ~torch.stack([v for k, v in parts.items()
+                            if not k.startswith("reward_accuracy")]).isfinite().all()
         self.first_bad = torch.where(bad & (self.first_bad < 0), update, self.first_bad)
 
     def finish_stage(self, following, **figures):
-        """Turns averages into figures of this iteration's row, moves on to the stage `following`, saves."""
+        """Turns averages into figures of this iteration's row,
+        moves on to the stage `following`, saves.
+        """
         if len(self.rows) <= self.iteration:
             self.rows.append({"iteration": self.iteration + 1, "interactions": len(self.buffer)})
         self.check_finite()
@@ -536,12 +592,15 @@ class Run:
 
     def numpy_rng(self, *numbers):
         """A generator that depends on the seed, the position and nothing else."""
-        return np.random.default_rng([self.config.seed, self.iteration, STAGES.index(self.stage), *numbers])
+        return np.random.default_rng([self.config.seed, self.iteration,
+                                      STAGES.index(self.stage), *numbers])
 
     # ---- the clock
 
     def seconds_left(self):
-        """What is still to do, stage by stage, at the pace measured last. Later rounds cost something else."""
+        """What is still to do, stage by stage, at the pace measured last.
+        Later rounds cost something else.
+        """
         units = 0.0
         for iteration in range(self.iteration, self.config.iterations):
             for stage, count in work(self.config, iteration).items():
@@ -554,6 +613,17 @@ class Run:
         return units
 
 
+def peak_memory(device):
+    """MB: of the GPU if there is one, else of the process (0 where the system does not tell)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:
+        return 0.0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
 def clock(seconds):
     """Seconds -> h:mm:ss."""
     minutes, s = divmod(int(round(seconds)), 60)
@@ -561,7 +631,9 @@ def clock(seconds):
 
 
 def write_table(path, columns, rows):
-    """Rows of figures -> CSV, whole or not at all; a figure that an iteration does not have stays empty."""
+    """Rows of figures -> CSV, whole or not at all;
+    a figure that an iteration does not have stays empty.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
@@ -576,7 +648,8 @@ SHARD_ARRAYS = ("frames", "actions", "rewards", "terminated", "truncated")
 def make_shard(buffer, start, number):
     """The rows from `start` on as a compressed .npz in memory, with its length and SHA-256."""
     data = io.BytesIO()
-    np.savez_compressed(data, **{name: getattr(buffer, name)[start:len(buffer)] for name in SHARD_ARRAYS})
+    np.savez_compressed(data, **{name: getattr(buffer, name)[start:len(buffer)]
+                                 for name in SHARD_ARRAYS})
     data = data.getvalue()
     return {"file": f"experience-{number:02d}.npz", "length": len(buffer) - start,
             "sha256": hashlib.sha256(data).hexdigest(), "data": data}
@@ -588,7 +661,8 @@ def read_shard(folder, shard):
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise UserError(f"cannot read {path}, which the checkpoint names: {error.strerror}") from None
+        raise UserError(f"cannot read {path}, which the checkpoint names: "
+                        f"{error.strerror}") from None
     if hashlib.sha256(data).hexdigest() != shard["sha256"]:
         raise UserError(f"{path} was altered: its SHA-256 is not the one in the checkpoint")
     with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
@@ -599,23 +673,28 @@ def read_shard(folder, shard):
 # Columns of metrics.csv. Averages are over all updates of the stage.
 METRICS = {
     "iteration": "1 .. 15", "interactions": "real steps so far (x4 = frames)",
-    "collect_episodes": "episodes that ended while collecting", "collect_return": "their mean score",
+    "collect_episodes": "episodes that ended while collecting",
+    "collect_return": "their mean score",
     "collect_rewards": "share of collected steps with a reward other than 0",
-    "elbo": "nats per observation, of the VQ-VAE's updates", "reconstruction": "-log p(x|z), nats per observation",
-    "commitment": "mean squared distance of encoder output and code", "usage": "share of codes used in a batch",
+    "elbo": "nats per observation, of the VQ-VAE's updates",
+    "reconstruction": "-log p(x|z), nats per observation",
+    "commitment": "mean squared distance of encoder output and code",
+    "usage": "share of codes used in a batch",
     "perplexity": "exp(entropy) of the codes in a batch, 1 .. 128",
     "foreground_error": "0 perfect, 1 background only, on the newest data",
-    "code_loss": "cross-entropy, nats per code", "code_accuracy": "share of next codes predicted right",
+    "code_loss": "cross-entropy, nats per code",
+    "code_accuracy": "share of next codes predicted right",
     "reward_loss": "cross-entropy, nats per step",
-    "reward_accuracy_minus": "share of -1 rewards predicted right", "reward_accuracy_zero": "the same for 0",
-    "reward_accuracy_plus": "the same for +1",
-    "dream_return": "mean sum of rewards in a dream of 50 steps", "policy_loss": "PPO, clipped objective",
-    "value_loss": "PPO, half squared error", "entropy": "of the policy in dreams, nats",
+    "reward_accuracy_minus": "share of -1 rewards predicted right",
+    "reward_accuracy_zero": "the same for 0", "reward_accuracy_plus": "the same for +1",
+    "dream_return": "mean sum of rewards in a dream of 50 steps",
+    "policy_loss": "PPO, clipped objective", "value_loss": "PPO, half squared error",
+    "entropy": "of the policy in dreams, nats",
     "approx_kl": "KL(old, new policy) per update, nats", "clip_fraction": "share of clipped ratios",
     "real_return": "mean score of the evaluation episodes", "real_std": "their standard deviation",
     "real_median": "their median", "real_best": "their best", "real_episodes": "how many",
 }
-TIMES = ("iteration", *STAGES)
+TIMES = ("iteration", *STAGES, "peak_mb")       # seconds of each stage; peak memory of the process
 
 
 def work(config, iteration):
@@ -634,27 +713,29 @@ def work(config, iteration):
     }
 
 
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The stages (Section 3.4)
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def collect(run):
-    """Real experience: a uniformly random policy in the first round, then the policy as the dreams left it.
+    """Real experience: a uniformly random policy in the first round,
+    then the policy as the dreams left it.
 
-    Each round starts with a new episode, and cuts the last one (truncated), so a round depends on nothing
-    but its seed. It is over in a minute or so: a kill in the middle of it starts the round again.
+    Each round starts with a new episode, and cuts the last one (truncated), so a round depends on
+    nothing but its seed. It is over in a minute or so:
+    a kill in the middle of it starts the round again.
     """
     c, begun = run.config, time.monotonic()
     rng = run.numpy_rng()
     frame = run.env.reset(seed=int(rng.integers(2**31)))
     start, stack, score, returns = len(run.buffer), np.stack([frame] * 4), 0.0, []
     steps, hold = c.first_interactions if run.iteration == 0 else c.interactions, 0
-    for step in tqdm(range(steps), desc=f"{run.iteration + 1:2d}/{c.iterations} collect    ", leave=False,
-                     disable=not sys.stderr.isatty(), dynamic_ncols=True):
+    for step in tqdm(range(steps), desc=f"{run.iteration + 1:2d}/{c.iterations} collect    ",
+                     leave=False, disable=not sys.stderr.isatty(), dynamic_ncols=True):
         if run.iteration == 0:
-            # Uniformly random. Single random steps never cross Freeway's road: in the second half of the
-            # round an action may be held for 1, 2, 4, .. steps.
+            # Uniformly random. Single random steps never cross Freeway's road: in the second half
+            # of the round an action may be held for 1, 2, 4, .. steps.
             if hold == 0:
                 action = int(rng.integers(run.env.num_actions))
                 longest = c.random_hold if step >= steps // 2 else 1
@@ -673,18 +754,20 @@ def collect(run):
             stack = np.concatenate([stack[1:], next_frame[None]])
         frame = next_frame
         if run.stop_signal:
-            run.leave()                             # nothing of this round is on disk: it starts again
+            run.leave()                         # nothing of this round is on disk: it starts again
     run.shards.append(make_shard(run.buffer, start, run.iteration + 1))
     run.add_time(begun)
     run.rates["collect"] = (time.monotonic() - begun) / steps
     figures = {"collect_return": np.mean(returns)} if returns else {}
     rewarded = np.mean(run.buffer.rewards[start:len(run.buffer)] != 0)
-    run.finish_stage("warm_up" if run.iteration == 0 else "world_model", collect_episodes=len(returns),
-                     collect_rewards=rewarded, **figures)
+    run.finish_stage("warm_up" if run.iteration == 0 else "world_model",
+                     collect_episodes=len(returns), collect_rewards=rewarded, **figures)
 
 
 def warm_up(run):
-    """Trains the VQ-VAE alone, at a higher learning rate, so that the dynamics has something to predict."""
+    """Trains the VQ-VAE alone, at a higher learning rate,
+    so that the dynamics has something to predict.
+    """
     c, order = run.config, None
     run.models.background = background(run)
     if run.iteration == 0 and run.update == 0:
@@ -696,7 +779,7 @@ def warm_up(run):
             order = run.numpy_rng(epoch).permutation(len(run.buffer))
         rows = order[batch * c.warmup_batch:(batch + 1) * c.warmup_batch]
         x = run.models.to_device(run.buffer.stacked(rows))
-        # The learning rate falls all the way; the foreground's weight holds for half of it, then falls.
+        # The learning rate falls all the way; the foreground's weight holds for half, then falls.
         done = update / total
         lr = c.warmup_lr + (c.warmup_lr_end - c.warmup_lr) * done
         foreground = c.foreground * 0.1 ** min(max((done - 0.5) / 0.4, 0), 1)
@@ -731,7 +814,8 @@ def learn_world_model(run):
             vqvae_rows = to_device(chosen)
         run.add(run.models.world_model_update(
             to_device(buffer.stacked(rows)), to_device(buffer.actions[rows].astype(np.int64)),
-            to_device(buffer.rewards[rows]), to_device(ends[rows]), lr, context, vqvae_rows), update)
+            to_device(buffer.rewards[rows]), to_device(ends[rows]), lr, context, vqvae_rows),
+            update)
     foreground = world_model_picture(run)
     run.finish_stage("policy", foreground_error=foreground)
 
@@ -739,11 +823,13 @@ def learn_world_model(run):
 def epoch_of_windows(buffer, config, batches, rng):
     """One pass over all windows in random order: int64 [batches, B, L].
 
-    With reward_windows > 0, that share of each batch is replaced by windows that hold a reward, where there
-    are any: three rewards among 32,000 steps are otherwise met once per pass and forgotten in between.
+    With reward_windows > 0, that share of each batch is replaced by windows that hold a reward,
+    where there are any: three rewards among 32,000 steps are otherwise met once per pass and
+    forgotten in between.
     """
     windows = rng.permutation(buffer.windows(config.window, rng))
-    order = windows[:batches * config.dynamics_batch].reshape(batches, config.dynamics_batch, config.window)
+    order = windows[:batches * config.dynamics_batch].reshape(batches, config.dynamics_batch,
+                                                              config.window)
     rewarded = windows[(np.round(np.clip(buffer.rewards[windows[:, :-1]], -1, 1)) != 0).any(1)]
     extra = round(config.reward_windows * config.dynamics_batch)
     if extra and len(rewarded):
@@ -761,7 +847,8 @@ def learn_policy(run):
 
 
 def play_episodes(models, game, seeds, temperature, stopped=lambda: False):
-    """Plays one whole real episode for each seed, all side by side -> list of scores, None if stopped.
+    """Plays one whole real episode for each seed, all side by side
+    -> list of scores, None if stopped.
 
     Up to 30 no-ops, no sticky actions, no life-loss termination, actions sampled from
     softmax(logits / temperature), the score as the game counts it.
@@ -790,7 +877,8 @@ def evaluate(run):
     while len(run.returns) < episodes:
         begun, n = time.monotonic(), min(group, episodes - len(run.returns))
         seeds = [int(s) for s in run.numpy_rng(len(run.returns)).integers(2**31, size=n)]
-        scores = play_episodes(run.models, c.game, seeds, c.eval_temperature, lambda: run.stop_signal is not None)
+        scores = play_episodes(run.models, c.game, seeds, c.eval_temperature,
+                               lambda: run.stop_signal is not None)
         if scores is None:
             run.leave()
         run.returns += scores
@@ -801,37 +889,39 @@ def evaluate(run):
             run.save()
     returns = np.array(run.returns)
     if last:
-        result = {"game": c.game, "preset": c.preset, "seed": c.seed, "interactions": len(run.buffer),
-                  "episodes": len(returns), "protocol": PROTOCOL, "temperature": c.eval_temperature,
-                  "mean": returns.mean(), "std": returns.std(), "median": np.median(returns),
-                  "best": returns.max(), "returns": returns.tolist()}
+        result = {"game": c.game, "preset": c.preset, "seed": c.seed,
+                  "interactions": len(run.buffer), "episodes": len(returns), "protocol": PROTOCOL,
+                  "temperature": c.eval_temperature, "mean": returns.mean(), "std": returns.std(),
+                  "median": np.median(returns), "best": returns.max(), "returns": returns.tolist()}
         write_atomically(run.folder / "evaluation.json", json.dumps(result, indent=1).encode())
     if episodes:
         run.finish_stage("collect", real_return=returns.mean(), real_std=returns.std(),
-                         real_median=np.median(returns), real_best=returns.max(), real_episodes=episodes)
+                         real_median=np.median(returns), real_best=returns.max(),
+                         real_episodes=episodes)
     else:
         run.finish_stage("collect")
     report(run)
 
 
-PROTOCOL = ("sampled actions, up to 30 no-ops at reset, no sticky actions, no life-loss termination, unclipped "
-            "game score, at most 108,000 frames")
+PROTOCOL = ("sampled actions, up to 30 no-ops at reset, no sticky actions, no life-loss "
+            "termination, unclipped game score, at most 108,000 frames")
 
 
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What one sees
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def report(run):
     """One line for the iteration just finished, and the curves of all of them."""
     row = run.rows[-1]
     parts = [f"{row['iteration']:2d}/{run.config.iterations}", f"{row['interactions']:6d} steps"]
-    for name, label, form in (("elbo", "elbo", ".0f"), ("foreground_error", "fg", ".2f"),
-                              ("perplexity", "perplexity", ".0f"), ("code_loss", "code loss", ".3f"),
-                              ("code_accuracy", "acc", ".3f"), ("reward_loss", "reward loss", ".4f"),
-                              ("entropy", "entropy", ".2f"), ("dream_return", "dream return", ".3f"),
-                              ("collect_return", "collected", ".1f"), ("real_return", "real return", ".1f")):
+    for name, label, form in (
+            ("elbo", "elbo", ".0f"), ("foreground_error", "fg", ".2f"),
+            ("perplexity", "perplexity", ".0f"), ("code_loss", "code loss", ".3f"),
+            ("code_accuracy", "acc", ".3f"), ("reward_loss", "reward loss", ".4f"),
+            ("entropy", "entropy", ".2f"), ("dream_return", "dream return", ".3f"),
+            ("collect_return", "collected", ".1f"), ("real_return", "real return", ".1f")):
         if name in row:
             parts.append(f"{label} {row[name]:{form}}")
     tqdm.write("  ".join(parts) + f"  | {clock(sum(sum(t[s] for s in STAGES) for t in run.times))}")
@@ -857,9 +947,10 @@ def progress_picture(run):
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(2, 3, figsize=(13, 6.5))
     panels = (("score in the real game", ("real_return", "collect_return")),
-              ("return of a dream (50 steps)", ("dream_return",)), ("policy entropy (nats)", ("entropy",)),
-              ("foreground error", ("foreground_error",)), ("code accuracy", ("code_accuracy",)),
-              ("reward accuracy", ("reward_accuracy_minus", "reward_accuracy_zero", "reward_accuracy_plus")))
+              ("return of a dream (50 steps)", ("dream_return",)),
+              ("policy entropy (nats)", ("entropy",)), ("foreground error", ("foreground_error",)),
+              ("code accuracy", ("code_accuracy",)), ("reward accuracy", (
+                  "reward_accuracy_minus", "reward_accuracy_zero", "reward_accuracy_plus")))
     for ax, (title, names) in zip(axes.flat, panels):
         for name, style in zip(names, ("-o", "--s", ":^")):
             points = [(r["interactions"], r[name]) for r in run.rows if name in r]
@@ -877,22 +968,26 @@ def progress_picture(run):
 
 @torch.no_grad()
 def dream_along(models, codes, actions, context=4):
-    """Open loop: codes int64 [L, 6, 6] and actions int64 [L] of a real episode -> dreamed codes [L, 6, 6].
+    """Open loop: codes int64 [L, 6, 6] and actions int64 [L] of a real episode
+    -> dreamed codes [L, 6, 6].
 
-    The first `context` are the real ones; from there on each is drawn from the prediction of the one before,
-    under the real actions.
+    The first `context` are the real ones; from there on each is drawn from the prediction of the
+    one before, under the real actions.
     """
     state, dreamed = models.dynamics.initial_state(1), [codes[0]]
     with models.autocast():
         for t in range(len(codes) - 1):
-            logits, _, state = models.dynamics(models.vqvae.embed(dreamed[t][None]), actions[t:t + 1], state)
+            logits, _, state = models.dynamics(models.vqvae.embed(dreamed[t][None]),
+                                               actions[t:t + 1], state)
             dreamed.append(codes[t + 1] if t + 1 < context else sample(logits)[0])
     return torch.stack(dreamed)
 
 
 @torch.no_grad()
 def world_model_picture(run):
-    """world_model_<iteration>.png from the newest experience -> foreground error on 256 of its observations."""
+    """world_model_<iteration>.png from the newest experience
+    -> foreground error on 256 of its observations.
+    """
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -905,14 +1000,14 @@ def world_model_picture(run):
         decoded = torch.cat([models.vqvae.decode(models.vqvae.encode(part)) for part in x.split(n)])
     foreground = foreground_error(x.float() / 255, decoded)
 
-    # One stretch of real play in which something moves, dreamed along from its fourth observation on.
+    # One stretch of real play in which something moves, dreamed along from its 4th observation on.
     length, context, every = 28, 4, 3
     length = min(length, len(buffer) - start)
     starts = rng.integers(start, len(buffer) - length + 1, size=64)
     inside = [s for s in starts if not buffer.ends[s:s + length - 1].any()] or [starts[0]]
     motion = [buffer.frames[s:s + length].astype(np.float32).std(0).mean() for s in inside]
     rows = np.arange(length) + inside[int(np.argmax(motion))]
-    rng_state = torch.get_rng_state()               # the picture's dream must not move the run's dice
+    rng_state = torch.get_rng_state()           # the picture's dream must not move the run's dice
     cuda_state = torch.cuda.get_rng_state(run.device) if run.device.type == "cuda" else None
     with models.autocast():
         codes = models.vqvae.encode(models.to_device(buffer.stacked(rows)))
@@ -938,7 +1033,8 @@ def world_model_picture(run):
             axes[row, column].set_yticks([])
     for row in range(5):
         axes[row, 0].set_ylabel(labels[row])
-    figure.suptitle(f"{run.config.game} after {len(buffer)} interactions; +n: dreamed n steps under the real actions; "
+    figure.suptitle(f"{run.config.game} after {len(buffer)} interactions; "
+                    f"+n: dreamed n steps under the real actions; "
                     f"foreground error {float(foreground):.2f}", fontsize=10)
     figure.tight_layout()
     save_figure(figure, run.folder / f"world_model_{run.iteration + 1:02d}.png")
@@ -948,8 +1044,8 @@ def world_model_picture(run):
 def stage_jobs(config, models):
     """One unit of work of each stage on made-up data: {name: (calls per measurement, function)}.
 
-    collect is one step of one environment, evaluate one step of eight; world_model leaves the VQ-VAE
-    alone, world_model+vqvae updates it too, as every third update does.
+    collect is one step of one environment, evaluate one step of eight; world_model leaves the
+    VQ-VAE alone, world_model+vqvae updates it too, as every third update does.
     """
     rng = np.random.default_rng(0)
 
@@ -960,13 +1056,16 @@ def stage_jobs(config, models):
     windows = (models.to_device(frames(B, L)), torch.zeros(B, L, dtype=torch.int64, device=device),
                torch.zeros(B, L, device=device), torch.zeros(B, L, dtype=torch.bool, device=device))
     rows = torch.arange(min(config.vqvae_batch, B * L), device=device)
-    batch, starts = models.to_device(frames(config.warmup_batch)), models.to_device(frames(config.dreams))
+    batch, starts = (models.to_device(frames(config.warmup_batch)),
+                     models.to_device(frames(config.dreams)))
     one, eight, lr = frames(1), frames(8), config.warmup_lr
     return {
         "collect": (20, lambda: models.act(one, 1.0)),
-        "warm_up": (2, lambda: models.vqvae_update(batch, lr, config.foreground, config.revive_codes)),
+        "warm_up": (2, lambda: models.vqvae_update(batch, lr, config.foreground,
+                                                   config.revive_codes)),
         "world_model": (1, lambda: models.world_model_update(*windows, 1e-4, config.context)),
-        "world_model+vqvae": (1, lambda: models.world_model_update(*windows, 1e-4, config.context, rows)),
+        "world_model+vqvae": (1, lambda: models.world_model_update(*windows, 1e-4, config.context,
+                                                                   rows)),
         "policy": (1, lambda: models.policy_update(starts)),
         "evaluate": (10, lambda: models.act(eight, 1.0)),
     }
@@ -990,7 +1089,8 @@ def rates_from(seconds, config):
     emulator = 1.2e-3                               # seconds per step of four frames
     share = 1 / config.vqvae_every
     return {"collect": seconds["collect"] + emulator, "warm_up": seconds["warm_up"],
-            "world_model": (1 - share) * seconds["world_model"] + share * seconds["world_model+vqvae"],
+            "world_model": ((1 - share) * seconds["world_model"]
+                            + share * seconds["world_model+vqvae"]),
             "policy": seconds["policy"],
             # An episode: some 1,500 steps, eight of them side by side.
             "evaluate": (seconds["evaluate"] / 8 + emulator) * 1500}
@@ -1008,7 +1108,9 @@ def measure_rates(config, num_actions):
 
 
 def benchmark(config):
-    """--benchmark: what each stage costs here and how long the whole run will take. Writes no files."""
+    """--benchmark: what each stage costs here and how long the whole run will take.
+    Writes no files.
+    """
     from torch.utils.flop_counter import FlopCounterMode
     models = Models(config, AtariEnv(config.game).num_actions)
     device, dtype = models.device, torch.bfloat16 if models.use_bf16 else torch.float32
@@ -1016,8 +1118,8 @@ def benchmark(config):
     a, b = torch.randn(2, n, n, device=device).to(dtype)
     a @ b
     rate = 2 * n**3 / min(seconds_per_call(lambda: a @ b, 1, device) for _ in range(5)) / 1e9
-    print(f"{config.game}, preset {config.preset} on {config.device}, {torch.get_num_threads()} threads, {dtype}; "
-          f"{n}x{n} matrix product: {rate:.0f} GFLOP/s")
+    print(f"{config.game}, preset {config.preset} on {config.device}, {torch.get_num_threads()} "
+          f"threads, {dtype}; {n}x{n} matrix product: {rate:.0f} GFLOP/s")
     print(f"{'one update of':18s} {'GFLOP':>8s} {'ms':>9s} {'GFLOP/s':>8s} {'of matmul':>9s}")
     seconds = {}
     for name, (calls, job) in stage_jobs(config, models).items():
@@ -1026,22 +1128,20 @@ def benchmark(config):
         gflop = counter.get_total_flops() / 1e9
         first = seconds_per_call(job, 1, device)
         repeats = max(3, min(30, int(12 / max(first * calls, 1e-3))))
-        seconds[name] = float(np.median([seconds_per_call(job, calls, device) for _ in range(repeats)]))
+        seconds[name] = float(np.median([seconds_per_call(job, calls, device)
+                                         for _ in range(repeats)]))
         speed = gflop / seconds[name]
-        print(f"{name:18s} {gflop:8.2f} {1000 * seconds[name]:9.2f} {speed:8.0f} {speed / rate:9.0%}", flush=True)
+        print(f"{name:18s} {gflop:8.2f} {1000 * seconds[name]:9.2f} {speed:8.0f} "
+              f"{speed / rate:9.0%}", flush=True)
     rates, total = rates_from(seconds, config), dict.fromkeys(STAGES, 0.0)
     for iteration in range(config.iterations):
         for stage, count in work(config, iteration).items():
             total[stage] += count * rates[stage]
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated() / 2**20
-    else:
-        import resource
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    whole = sum(total.values())
-    print("the whole run: " + ", ".join(f"{s.replace('_', ' ')} {clock(t)}" for s, t in total.items()))
-    print(f"               about {clock(whole)} (h:mm:ss); peak memory of this benchmark {peak:.0f} MB, and up to "
-          f"{len_experience(config) * 96 * 96 / 2**20:.0f} MB of frames")
+    peak, whole = peak_memory(device), sum(total.values())
+    print("the whole run: "
+          + ", ".join(f"{s.replace('_', ' ')} {clock(t)}" for s, t in total.items()))
+    print(f"               about {clock(whole)} (h:mm:ss); peak memory of this benchmark "
+          f"{peak:.0f} MB, and up to {len_experience(config) * 96 * 96 / 2**20:.0f} MB of frames")
 
 
 def len_experience(config):
@@ -1049,9 +1149,9 @@ def len_experience(config):
     return config.first_interactions + config.interactions * (config.iterations - 1)
 
 
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The algorithm, and the command line
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def train(run):
@@ -1062,7 +1162,7 @@ def train(run):
         if run.stage == "warm_up":
             warm_up(run)                            # round 1 only: the VQ-VAE alone
         if run.stage == "world_model":
-            learn_world_model(run)                  # the dynamics, and the VQ-VAE in every third step
+            learn_world_model(run)                  # the dynamics, and the VQ-VAE every third step
         if run.stage == "policy":
             learn_policy(run)                       # PPO, only in dreams
         if run.stage == "evaluate":
@@ -1071,26 +1171,29 @@ def train(run):
 
 def parse(arguments):
     """Command line -> (namespace of what was given explicitly, set of field names given)."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog="All settings have a default that "
-                                     "depends on --preset; the defaults shown are those of `paper`.")
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], epilog="All settings have a default that "
+        "depends on --preset; the defaults shown are those of `paper`.")
     parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
     parser.add_argument("--benchmark", action="store_true",
-                        help="measure each stage for two minutes, say how long the run will take, write nothing")
+                        help="measure each stage for two minutes, say how long the run will take, "
+                             "write nothing")
     parser.add_argument("--override", metavar="FIELD", action="append", default=[],
-                        help=f"with --resume: let this setting change (one of: {', '.join(MAY_CHANGE)})")
+                        help="with --resume: let this setting change "
+                             f"(one of: {', '.join(MAY_CHANGE)})")
     for f in dataclasses.fields(Config):
         kind, shown = f.type, f.default
         if kind is bool:
-            parser.add_argument(f"--{f.name}", metavar="true|false", default=argparse.SUPPRESS, type=boolean,
-                                help=f"{f.metadata['help']} [{str(shown).lower()}]")
+            parser.add_argument(f"--{f.name}", metavar="true|false", default=argparse.SUPPRESS,
+                                type=boolean, help=f"{f.metadata['help']} [{str(shown).lower()}]")
         elif kind is tuple:
             shown = ",".join(str(v) for v in shown)
-            parser.add_argument(f"--{f.name}", metavar="N,N,..", default=argparse.SUPPRESS, type=numbers,
-                                help=f"{f.metadata['help']} [{shown}]")
+            parser.add_argument(f"--{f.name}", metavar="N,N,..", default=argparse.SUPPRESS,
+                                type=numbers, help=f"{f.metadata['help']} [{shown}]")
         else:
             choices = tuple(PRESETS) if f.name == "preset" else None
-            parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, type=kind, choices=choices,
-                                metavar=None if choices else kind.__name__,
+            parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, type=kind,
+                                choices=choices, metavar=None if choices else kind.__name__,
                                 help=f"{f.metadata['help']} [{shown}]".replace("%", "%%"))
     return parser.parse_args(arguments)
 
@@ -1117,22 +1220,26 @@ def settings_from(given):
     for name in ("world_model_epochs", "ppo_updates"):
         values = getattr(config, name)
         if len(values) != config.iterations and (len(values) == 1 or name not in given):
-            # One number stands for every round; a preset's list is cut, or its last number repeated.
+            # One number stands for all rounds; a preset's list is cut, or its last number repeated.
             setattr(config, name, (values + values[-1:] * config.iterations)[:config.iterations])
     return config
 
 
 def resume_settings(config, given, override):
-    """The checkpoint's settings, changed where --override allows it; UserError names what differs."""
+    """The checkpoint's settings, changed where --override allows it;
+    UserError names what differs.
+    """
     for name in override:
         if name not in MAY_CHANGE:
-            raise UserError(f"--override {name} is not possible; what may change: {', '.join(MAY_CHANGE)}")
+            raise UserError(f"--override {name} is not possible; "
+                            f"what may change: {', '.join(MAY_CHANGE)}")
     for name, value in given.items():
         old = getattr(config, name)
         if value == old or (name == "out"):
             continue
         if name not in override:
-            hint = f"add --override {name} to change it" if name in MAY_CHANGE else "start a new run to change it"
+            hint = (f"add --override {name} to change it" if name in MAY_CHANGE
+                    else "start a new run to change it")
             raise UserError(f"this run has {name} = {old}, the command line says {value}; {hint}")
         setattr(config, name, value)
     return config
@@ -1153,15 +1260,16 @@ def start(arguments):
         folder = pathlib.Path(config.out) / f"{config.game}-{config.preset}-s{config.seed}"
         AtariEnv(config.game)                       # an unknown game fails before a folder is made
         if any(folder.glob("checkpoint*.pt")) or any(folder.glob("experience-*.npz")):
-            raise UserError(f"{folder} already holds a run; go on with it: python train.py --resume {folder}   "
-                            f"(or choose another --out or --seed, or delete it)")
+            raise UserError(f"{folder} already holds a run; go on with it: python train.py --resume"
+                            f" {folder}   (or choose another --out or --seed, or delete it)")
         state = None
     else:
         folder = pathlib.Path(folder)
         if not folder.is_dir():
             raise UserError(f"there is no run folder {folder}")
         if not any(folder.glob("checkpoint*.pt")) and (folder / "config.json").exists():
-            state, saved = None, json.loads((folder / "config.json").read_text())    # killed before its first save
+            # Killed before its first save.
+            state, saved = None, json.loads((folder / "config.json").read_text())
         else:
             state, path = newest_checkpoint(folder)
             saved = state["config"]
@@ -1170,27 +1278,21 @@ def start(arguments):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = lock_folder(folder)
-        free, need = shutil.disk_usage(folder).free, disk_need(config)
-        if free < need:
-            raise UserError(f"{folder} has {free / 2**20:.0f} MB free, this run needs about {need / 2**20:.0f} MB")
-        write_atomically(folder / "config.json", json.dumps(dataclasses.asdict(config), indent=1).encode())
+        write_atomically(folder / "config.json",
+                         json.dumps(dataclasses.asdict(config), indent=1).encode())
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}") from None
     run = Run(config, folder, state)
     run.lock = lock
+    free, need = shutil.disk_usage(folder).free, run.disk_need()
+    if free < need:
+        raise UserError(f"{folder} has {free / 2**20:.0f} MB free, this run needs about "
+                        f"{need / 2**20:.0f} MB; make room or choose another --out")
     if state is None:
         run.save()
     else:
         run.write_tables()                          # cut back to where the checkpoint stands
     return run
-
-
-def disk_need(config):
-    """Bytes: three checkpoints of weights and two Adam moments, and about 2 kB per compressed frame."""
-    with torch.device("meta"):
-        models = Models(dataclasses.replace(config, device="meta"), 18)
-    weights = sum(t.numel() * t.element_size() for m in models.networks().values() for t in m.state_dict().values())
-    return 3 * 3 * weights + 2000 * len_experience(config)
 
 
 def main(arguments=None):
@@ -1207,8 +1309,9 @@ def main(arguments=None):
         signal.signal(signal.SIGINT, on_signal)
         signal.signal(signal.SIGTERM, on_signal)
         steps = len_experience(c)
-        print(f"{c.game}, preset {c.preset}, {steps:,} interactions ({4 * steps:,} frames) in {c.iterations} rounds, "
-              f"on {c.device}{' with bfloat16' if run.models.use_bf16 else ''}; "
+        print(f"{c.game}, preset {c.preset}, {steps:,} interactions ({4 * steps:,} frames) in "
+              f"{c.iterations} rounds, on {c.device}"
+              f"{' with bfloat16' if run.models.use_bf16 else ''}; "
               f"about {clock(run.seconds_left())} (h:mm:ss) to go; into {run.folder}", flush=True)
         if run.iteration == c.iterations:
             print(f"this run is complete; judge it with: python evaluate.py {run.folder}")
@@ -1219,7 +1322,8 @@ def main(arguments=None):
     except KeyboardInterrupt:                       # before there was anything to save
         sys.exit(130)
     except torch.OutOfMemoryError:
-        sys.exit("error: out of GPU memory; lower --warmup_batch, --dynamics_batch, --dreams or --minibatch")
+        sys.exit("error: out of GPU memory; "
+                 "lower --warmup_batch, --dynamics_batch, --dreams or --minibatch")
 
 
 if __name__ == "__main__":

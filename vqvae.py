@@ -7,8 +7,9 @@
                                                                              | look up
       logits [B,4,96,96] <------------decoder------------- z_q [B,32,6,6] <--+
 
-36 codes of 7 bits are 252 bits for 36,864 pixels. Everything after this file (dynamics, policy) sees
-only the codes, so what the codes forget is lost: look at the reconstruction before anything else.
+36 codes of 7 bits are 252 bits for 36,864 pixels. Everything after this file (dynamics, policy)
+sees only the codes, so what the codes forget is lost:
+look at the reconstruction before anything else.
 
     python vqvae.py --game Pong        # learn real frames for two minutes, save pictures of them
 
@@ -16,6 +17,7 @@ Dimension key:  B batch   C = 4 frames   H = W = 96 pixels   D = 32 code dimensi
                 N = B * 36 code positions
 """
 import argparse
+import contextlib
 import math
 import sys
 import time
@@ -24,11 +26,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The continuous Bernoulli (Loaiza-Ganem and Cunningham, 2019), written in logits
-# ------------------------------------------------------------------------------------------------------
-# A pixel x in [0, 1] is no coin flip, so the Bernoulli likelihood does not integrate to one over it. The
-# continuous Bernoulli divides by what it integrates to. In terms of the logit l it is an exponential family:
+# --------------------------------------------------------------------------------------------------
+# A pixel x in [0, 1] is no coin flip: the Bernoulli likelihood does not integrate to one over it.
+# The continuous Bernoulli divides by the integral. In the logit l it is an exponential family:
 #
 #     p(x | l) = exp(x l) / A(l),     A(l) = integral_0^1 exp(x l) dx = (exp(l) - 1) / l
 #
@@ -39,13 +41,15 @@ import torch.nn.functional as F
 #     sigmoid(l)    0.000   0.119   0.5   0.881  1.000      which is the usual mistake
 
 
-# Through l = 0 the closed forms are 0/0 and lose digits, so for |l| < 1 the Taylor series takes over. Each branch
-# gets an argument clamped to where it is sound, and lerp with a weight of 0 or 1 picks one (on a CPU some 30
-# times faster than torch.where).
+# Through l = 0 the closed forms are 0/0 and lose digits, so for |l| < 1 the Taylor series takes
+# over. Each branch gets an argument clamped to where it is sound, and lerp with a weight of 0 or 1
+# picks one (on a CPU some 30 times faster than torch.where).
 
 
 def _mean_minus_half(logits):
-    """1 / (1 - exp(-l)) - 1 / l - 1/2, an odd function, accurate to the last digits also where it is tiny."""
+    """1 / (1 - exp(-l)) - 1 / l - 1/2,
+    an odd function, accurate to the last digits also where it is tiny.
+    """
     a = logits.abs()
     big, s = a.clamp(min=1), logits.clamp(-1, 1)
     exact = torch.copysign(-1 / torch.expm1(-big) - 1 / big - 0.5, logits)
@@ -60,7 +64,9 @@ def continuous_bernoulli_mean(logits):
 
 
 class _ContinuousBernoulliNLL(torch.autograd.Function):
-    """The closed form with its closed-form gradient: several times faster than differentiating it."""
+    """The closed form with its closed-form gradient:
+    several times faster than differentiating it.
+    """
 
     @staticmethod
     def forward(ctx, logits, x):
@@ -82,12 +88,13 @@ class _ContinuousBernoulliNLL(torch.autograd.Function):
 
 
 def continuous_bernoulli_nll(logits, x):
-    """-log p(x | l) of the continuous Bernoulli, elementwise, in nats (negative values are densities > 1).
+    """-log p(x | l) of the continuous Bernoulli, elementwise,
+    in nats (negative values are densities > 1).
 
     logits  any real, float; exact and stable through 0 and to +-60 and beyond
     x       same shape, in [0, 1]
-    The gradient to the logits is mean(logits) - x. Source: Loaiza-Ganem and Cunningham (2019), Section 3;
-    the paper's Section 3.3.
+    The gradient to the logits is mean(logits) - x. Source: Loaiza-Ganem and Cunningham (2019),
+    Section 3; the paper's Section 3.3.
     """
     return _ContinuousBernoulliNLL.apply(logits, x)
 
@@ -108,9 +115,9 @@ class _Clamp(torch.autograd.Function):
         return grad * ~outwards, None
 
 
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Encoder and decoder (Figure 2; channel counts from Table 3)
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class ResidualBlock(nn.Module):
@@ -129,10 +136,13 @@ class ResidualBlock(nn.Module):
 
 
 def encoder_trunk(in_channels, code_dim, widths):
-    """[B,4,96,96] -> [B,32,6,6]: four strided convolutions, two residual blocks, one 1x1 convolution."""
+    """[B,4,96,96] -> [B,32,6,6]:
+    four strided convolutions, two residual blocks, one 1x1 convolution.
+    """
     layers, c_in = [], in_channels
     for c in widths:                                        # 96 -> 48 -> 24 -> 12 -> 6
-        layers += [nn.Conv2d(c_in, c, 4, stride=2, padding=1, bias=False), nn.BatchNorm2d(c), nn.ReLU()]
+        layers += [nn.Conv2d(c_in, c, 4, stride=2, padding=1, bias=False), nn.BatchNorm2d(c),
+                   nn.ReLU()]
         c_in = c
     layers += [ResidualBlock(c_in, norm=True), ResidualBlock(c_in, norm=True)]
     layers += [nn.Conv2d(c_in, code_dim, 1, bias=False), nn.BatchNorm2d(code_dim)]
@@ -149,8 +159,8 @@ def decoder_trunk(out_channels, code_dim, widths):
         c = c_out
     decoder = nn.Sequential(*layers[:-1])                   # the last layer's outputs are logits
 
-    # Without norms the decoder's signal lives on its initial weights alone. PyTorch's default would shrink
-    # its variance six times a layer; He et al. (2015) keeps it. (The paper says nothing of initial weights.)
+    # Without norms the decoder's signal lives on its initial weights alone. PyTorch's default would
+    # shrink its variance six times a layer; He et al. (2015) keeps it. (The paper is silent on it.)
     # A stride of 2 leaves 4 of a transposed convolution's 16 taps for each output pixel.
     for layer in decoder.modules():
         if isinstance(layer, nn.Conv2d):
@@ -166,28 +176,29 @@ def decoder_trunk(out_channels, code_dim, widths):
     return decoder
 
 
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The vector quantiser (van den Oord et al., 2017)
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class Codebook(nn.Module):
     """K vectors of D dimensions, moved by exponential moving averages instead of gradients.
 
-    Each code follows the mean of the encoder outputs assigned to it: with n_i of this batch's vectors
-    nearest to code i and their sum s_i (van den Oord et al., Appendix A.1),
+    Each code follows the mean of the encoder outputs assigned to it: with n_i of this batch's
+    vectors nearest to code i and their sum s_i (van den Oord et al., Appendix A.1),
 
-        N_i <- decay N_i + (1 - decay) n_i      m_i <- decay m_i + (1 - decay) s_i      e_i = m_i / N_i
+        N_i <- decay N_i + (1 - decay) n_i    m_i <- decay m_i + (1 - decay) s_i    e_i = m_i / N_i
 
-    Both averages start at zero and are divided by 1 - decay^t, as Adam does. (The authors' released code
-    corrects m alone, which multiplies the codes by 1 / (1 - decay) = 100 in the first updates.)
+    Both averages start at zero and are divided by 1 - decay^t, as Adam does.
+    (The authors' released code corrects m alone, which multiplies the codes by
+    1 / (1 - decay) = 100 in the first updates.)
     Table 3 counts the codes, both m's, N and t: 128*32 + 2*128*32 + 128 + 1 = 12,417.
     """
 
     def __init__(self, num_codes=128, code_dim=32, decay=0.99, eps=1e-5):
         super().__init__()
         self.decay, self.eps = decay, eps
-        # The encoder ends in a batch norm, so its outputs have mean 0 and variance 1: so do the first codes.
+        # Mean 0 and variance 1, as the encoder's outputs have: it ends in a batch norm.
         self.register_buffer("codes", torch.randn(num_codes, code_dim))          # e  [K, D]
         self.register_buffer("sums", torch.zeros(num_codes, code_dim))           # m  [K, D]
         self.register_buffer("sums_debiased", torch.zeros(num_codes, code_dim))  #    [K, D]
@@ -206,21 +217,23 @@ class Codebook(nn.Module):
         self.usage.lerp_(assigned.sum(0), 1 - self.decay)
         self.sums.lerp_(assigned.T @ z, 1 - self.decay)
         self.sums_debiased.copy_(self.sums / correction)
-        # A code nobody used would be 0 / 0. Laplace smoothing lets every code have eps vectors more.
+        # A code nobody used would be 0 / 0. Laplace smoothing gives every code eps vectors more.
         usage = self.usage / correction
         total, num_codes = usage.sum(), len(usage)
         usage = (usage + self.eps) / (total + num_codes * self.eps) * total
         self.codes.copy_(self.sums_debiased / usage[:, None])
 
     def revive(self, z, threshold=0.01):
-        """Moves codes that get under `threshold` of a fair share of vectors onto random vectors of z [N, D].
+        """Moves codes that get under `threshold` of a fair share of vectors
+        onto random vectors of z [N, D].
 
-        Before the first update no code has been used, so this also starts all codes at encoder outputs.
+        Before the first update no code has been used,
+        so this also starts all codes at encoder outputs.
         """
         correction = 1 - self.decay ** self.step
         share = z.shape[0] / len(self.codes)
-        unused = self.usage <= threshold * share * correction                                # [K]
-        chosen = z[torch.randint(z.shape[0], unused.shape, device=z.device)]                 # [K, D]
+        unused = self.usage <= threshold * share * correction                       # [K]
+        chosen = z[torch.randint(z.shape[0], unused.shape, device=z.device)]        # [K, D]
         # As if each had been used by a tenth of its share: it survives, and moves quickly.
         usage = 0.1 * share * correction
         self.codes.copy_(torch.where(unused[:, None], chosen, self.codes))
@@ -231,22 +244,23 @@ class Codebook(nn.Module):
 class VQVAE(nn.Module):
     """Observation encoder p(z | x) and decoder p(x | z) of Table 1.
 
-    width scales the hidden channels (1.0 = Table 3: 4,102,510 parameters and buffers); the codes keep
-    their dimension, so dynamics and policy do not notice.
+    width scales the hidden channels (1.0 = Table 3: 4,102,510 parameters and buffers); the codes
+    keep their dimension, so dynamics and policy do not notice.
     """
 
-    def __init__(self, in_channels=4, num_codes=128, code_dim=32, width=1.0, commitment=0.25, max_logit=15.9):
+    def __init__(self, in_channels=4, num_codes=128, code_dim=32, width=1.0, commitment=0.25,
+                 max_logit=15.9):
         super().__init__()
         widths = [max(4, round(c * width)) for c in (32, 64, 128, 256)]
         self.encoder = encoder_trunk(in_channels, code_dim, widths)
         self.codebook = Codebook(num_codes, code_dim)
         self.decoder = decoder_trunk(in_channels, code_dim, widths)
         self.commitment = commitment
-        # At x = 0 and x = 1 the density has no maximum: a black pixel pushes its logit to minus infinity
-        # for ever, and Atari is full of black. The decoder would learn nothing else. So the logits end
-        # at +-15.9, the logit of 1 - 2^-23, where torch.distributions silently ends its float32
-        # probabilities. Unlike there, a logit beyond the end can come back: Breakout's field is black,
-        # and under a plain clamp, whose gradient is 0 out there, its ball would never be learned.
+        # At x = 0 and x = 1 the density has no maximum: a black pixel pushes its logit to minus
+        # infinity, and Atari is full of black: the decoder would learn nothing else. So the logits
+        # end at +-15.9, the logit of 1 - 2^-23, where torch.distributions silently ends its float32
+        # probabilities. Unlike there, a logit beyond the end can come back: Breakout's field is
+        # black, and under a plain clamp, with no gradient out there, its ball would not be learned.
         self.max_logit = max_logit
 
     def features(self, x):
@@ -256,16 +270,16 @@ class VQVAE(nn.Module):
     def quantise(self, z_e):
         """z_e [B,D,6,6] -> (codes int64 [B,6,6], the same vectors as rows [N,D])."""
         B, D, h, w = z_e.shape
-        flat = z_e.permute(0, 2, 3, 1).reshape(-1, D)                            # [N, D]
-        with torch.autocast(z_e.device.type, enabled=False):                     # distances need float32
+        flat = z_e.permute(0, 2, 3, 1).reshape(-1, D)                       # [N, D]
+        with full_precision(z_e.device):                                    # distances need it
             return self.codebook.nearest(flat).view(B, h, w), flat
 
     @torch.no_grad()
     def encode(self, x):
         """Observations [B,C,H,W], uint8 or float in [0,1] -> codes int64 [B,6,6], z ~ p(z | x).
 
-        Always with the batch norms' running averages, so that an observation has the same codes whatever
-        else is in its batch.
+        Always with the batch norms' running averages, so that an observation has the same codes
+        whatever else is in its batch.
         """
         training = self.training
         codes, _ = self.eval().quantise(self.features(x))
@@ -273,19 +287,25 @@ class VQVAE(nn.Module):
         return codes
 
     def embed(self, codes):
-        """Codes int64 [B,6,6] -> embedding vectors float32 [B,D,6,6]: what dynamics and policy see."""
+        """Codes int64 [B,6,6] -> embedding vectors float32 [B,D,6,6]:
+        what dynamics and policy see.
+        """
         return F.embedding(codes, self.codebook.codes).permute(0, 3, 1, 2)
 
     @torch.no_grad()
     def start_at_brightness(self, mean):
-        """Before training: lets the decoder's first pictures have this mean brightness, scalar in (0, 1).
+        """Before training: lets the decoder's first pictures have this mean brightness,
+        scalar in (0, 1).
 
-        1 / (1 - m) - 1 / m is nearly the logit whose mean is m; Adam would take thousands of steps there.
+        1 / (1 - m) - 1 / m is nearly the logit whose mean is m;
+        Adam would take thousands of steps there.
         """
         self.decoder[-1].bias.fill_(1 / (1 - mean) - 1 / mean)
 
     def logits(self, z_q):
-        """Embedded codes [B,D,6,6] -> continuous Bernoulli logits float32 [B,C,H,W] within +-max_logit."""
+        """Embedded codes [B,D,6,6]
+        -> continuous Bernoulli logits float32 [B,C,H,W] within +-max_logit.
+        """
         return _Clamp.apply(self.decoder(z_q).float(), self.max_logit)
 
     @torch.no_grad()
@@ -297,11 +317,13 @@ class VQVAE(nn.Module):
         """-ELBO + commitment on observations [B,C,H,W], uint8 or float in [0,1] -> (scalar, dict).
 
         In training mode the codebook moves (and with `revive` its unused codes are put to use); in
-        evaluation mode nothing changes. weight [B,C,H,W] multiplies each pixel's -log p in the scalar
-        (None: the ELBO proper), never in the parts. Parts, all detached scalars, in nats per observation where not said:
+        evaluation mode nothing changes. weight [B,C,H,W] multiplies each pixel's -log p in the
+        scalar (None: the ELBO proper), never in the parts.
+        Parts, all detached scalars, in nats per observation where not said:
           elbo            log p(x | z) - KL, sum over 36,864 pixels, mean over the batch
           reconstruction  -log p(x | z)
-          kl              36 log 128 = 174.67: q(z | x) is certain, the prior uniform ("Constant KL", 3.4)
+          kl              36 log 128 = 174.67: q(z | x) is certain, the prior uniform
+                          ("Constant KL", 3.4)
           commitment      mean of (z_e - z_q)^2 over elements, before its weight 0.25
           usage           share of the K codes that this batch uses
           perplexity      exp(entropy of the codes in this batch), in [1, K]
@@ -313,8 +335,8 @@ class VQVAE(nn.Module):
         codes, flat = self.quantise(z_e)
         z_q = self.embed(codes)
 
-        # The encoder is drawn to its codes; the codes follow by moving average, so they get no gradient.
-        # Before the straight-through line: after it z_q - z_e would be zero.
+        # The encoder is drawn to its codes; the codes follow by moving average, so they get no
+        # gradient. Before the straight-through line: after it z_q - z_e would be zero.
         commitment = F.mse_loss(z_e, z_q.detach())
         # Straight-through: forward z_q, backward as if the quantiser were the identity.
         z_st = z_e + (z_q - z_e).detach()
@@ -324,8 +346,9 @@ class VQVAE(nn.Module):
         weighted = nll if weight is None else (pixels * weight).sum() / len(x)
         num_codes = len(self.codebook.codes)
         kl = codes[0].numel() * math.log(num_codes)
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            assigned = (codes.flatten()[:, None] == torch.arange(num_codes, device=x.device)).float()  # [N, K]
+        with torch.no_grad(), full_precision(x.device):
+            assigned = (codes.flatten()[:, None]
+                        == torch.arange(num_codes, device=x.device)).float()     # [N, K]
             if self.training:
                 self.codebook.update(flat.detach(), assigned)
             share = assigned.mean(0)                                             # [K]
@@ -334,32 +357,144 @@ class VQVAE(nn.Module):
                 "commitment": commitment, "usage": (share > 0).float().mean(),
                 "perplexity": torch.exp(-torch.xlogy(share, share).sum()),
             }
-        return weighted + kl + self.commitment * commitment, {k: v.detach() for k, v in parts.items()}
+        return (weighted + kl + self.commitment * commitment,
+                {k: v.detach() for k, v in parts.items()})
+
+
+def full_precision(device):
+    """float32 inside an autocast region. (torch's `meta` device, on which tests run, has none.)"""
+    if device.type == "meta":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def to_unit(x):
-    """uint8 images 0..255 -> float32 in [0, 1]; floats pass. On x's device: bytes are cheaper to copy there."""
+    """uint8 images 0..255 -> float32 in [0, 1]; floats pass.
+    On x's device: bytes are cheaper to copy there.
+    """
     return x.float() / 255 if x.dtype == torch.uint8 else x
 
 
 def foreground_weight(x, background, weight):
     """1 + weight where a pixel differs from the background, 1 elsewhere: [B,C,H,W] for `loss`.
 
-    x uint8 [B,C,H,W], background uint8 [H,W], e.g. the median of many frames. A ball of 3 pixels is worth
-    13 nats of 11,000, but only once it is drawn in the right place: knowing just its cell of 16x16
-    pixels gains next to nothing, so plain likelihood hardly ever starts to learn it.
+    x uint8 [B,C,H,W], background uint8 [H,W], e.g. the median of many frames. A ball of 3 pixels is
+    worth 13 nats of 11,000, but only once it is drawn in the right place: knowing just its cell of
+    16x16 pixels gains next to nothing, so plain likelihood hardly ever starts to learn it.
     """
     return 1 + weight * ((x.float() - background.float()).abs() > 10)
 
 
 def foreground_error(images, reconstructions, threshold=0.04):
-    """How much of what moves is lost: 0 perfect, 1 as bad as showing the background alone (or worse, above 1).
+    """How much of what moves is lost:
+    0 perfect, 1 as bad as showing the background alone (or worse, above 1).
 
-    Squared error on the pixels that differ from their median over the batch by more than `threshold`,
-    over their squared deviation from that median. Mean squared error over all pixels hides everything:
-    Pong without a ball looks perfect. images, reconstructions: float [B,C,H,W] in [0,1]; returns a scalar.
+    Squared error on the pixels that differ from their median over the batch by more than
+    `threshold`, over their squared deviation from that median. Mean squared error over all pixels
+    hides everything: Pong without a ball looks perfect.
+    images, reconstructions: float [B,C,H,W] in [0,1]; returns a scalar.
     """
     background = images.median(0, keepdim=True).values
     foreground = (images - background).abs() > threshold
     error = ((reconstructions - images).square() * foreground).sum()
     return error / ((background - images).square() * foreground).sum().clamp(min=1e-8)
+
+
+def random_frames(game, steps, seed):
+    """Plays at random: uint8 [steps, 96, 96] frames and the row where each row's episode began.
+
+    A quick stand-in for atari.py, so that this file can be copied alone.
+    """
+    import ale_py
+    import gymnasium as gym
+    gym.register_envs(ale_py)
+    ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
+    try:
+        env = gym.make(f"ALE/{game}-v5", frameskip=4, repeat_action_probability=0.0,
+                       obs_type="grayscale")
+    except gym.error.Error:
+        sys.exit(f"error: unknown game {game!r}; names are written as in Pong, Freeway, BankHeist")
+    env.action_space.seed(seed)
+    screen, _ = env.reset(seed=seed)
+    screens, starts, start = [], [], 0
+    for step in range(steps):
+        screens.append(torch.from_numpy(screen.copy()))
+        starts.append(start)
+        screen, _, terminated, truncated, _ = env.step(env.action_space.sample())
+        if terminated or truncated:
+            screen, _ = env.reset()
+            start = step + 1
+    frames = F.interpolate(torch.stack(screens)[:, None].float(), size=(96, 96), mode="area")
+    return frames[:, 0].round().to(torch.uint8), torch.tensor(starts)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Learn a VQ-VAE of an Atari game, save pictures.")
+    parser.add_argument("--game", default="Pong")
+    parser.add_argument("--seconds", type=float, default=100, help="of training")
+    parser.add_argument("--steps", type=int, default=3000, help="random steps to learn from")
+    parser.add_argument("--width", type=float, default=0.5, help="hidden channels, times")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", default=None, help="the picture (default: vqvae_<game>.png)")
+    args = parser.parse_args()
+    if args.steps < 400:
+        sys.exit("error: --steps must be 400 or more")
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    torch.manual_seed(args.seed)
+
+    frames, starts = random_frames(args.game, args.steps, args.seed)
+    held_out = args.steps // 10                              # the last tenth is not trained on
+
+    def stacked(rows):
+        """Rows [B] -> observations uint8 [B, 4, 96, 96], never across an episode start."""
+        t = rows[:, None] - torch.arange(3, -1, -1)
+        return frames[torch.maximum(t, starts[rows][:, None])]
+
+    background = frames[:-held_out:4].median(0).values
+    model = VQVAE(width=args.width, commitment=50.0)
+    model.start_at_brightness(background.float().mean() / 255)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    print(f"{args.game}: {args.steps} random steps, {args.seconds:.0f} s of training", flush=True)
+    begun, update, shown, done = time.monotonic(), 0, 0, 0.0
+    while done < 1:
+        # The weight of what moves holds for the first half, then falls; so does the learning rate.
+        weight = 40 * 0.1 ** min(max((done - 0.5) / 0.4, 0), 1)
+        optimizer.param_groups[0]["lr"] = 1e-3 + (1e-4 - 1e-3) * done
+        x = stacked(torch.randint(args.steps - held_out, (12,)))
+        loss, parts = model.loss(x, revive=True, weight=foreground_weight(x, background, weight))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        update += 1
+        done = (time.monotonic() - begun) / args.seconds
+        if done >= shown / 10:
+            shown += 1
+            print(f"update {update:5d}  elbo {parts['elbo']:9.1f}  commitment "
+                  f"{parts['commitment']:.3f}  codes in use {parts['usage']:.0%}  "
+                  f"perplexity {parts['perplexity']:5.1f}", flush=True)
+
+    # Frames that were never trained on: what is left of them after 36 codes.
+    x = stacked(torch.arange(args.steps - held_out, args.steps))
+    codes = model.encode(x)
+    images = model.decode(codes)
+    print(f"held-out foreground error {foreground_error(x.float() / 255, images):.2f} "
+          f"(0 perfect, 1 background only)")
+    figure, axes = plt.subplots(3, 8, figsize=(14, 5.6))
+    for column, i in enumerate(torch.linspace(0, held_out - 1, 8).long()):
+        axes[0, column].imshow(x[i, -1], cmap="gray", vmin=0, vmax=255)
+        axes[1, column].imshow(codes[i], cmap="nipy_spectral", vmin=0, vmax=127)
+        axes[2, column].imshow(images[i, -1], cmap="gray", vmin=0, vmax=1)
+        for ax in axes[:, column]:
+            ax.set_xticks([]), ax.set_yticks([])
+    for ax, label in zip(axes[:, 0], ("original", "36 codes", "reconstruction")):
+        ax.set_ylabel(label)
+    figure.tight_layout()
+    out = args.out or f"vqvae_{args.game}.png"
+    figure.savefig(out, dpi=80)
+    print(f"saved {out}")
+
+
+if __name__ == "__main__":
+    main()
