@@ -32,14 +32,13 @@ from convlstm import ConvLSTMCell
 
 
 def sample(logits, temperature=1.0):
-    """Draws from Cat(Softmax(logits / temperature)) along dimension 1:
-    float [B, K, ...] -> int64 [B, ...].
+    """Draws from Cat(Softmax(logits / temperature)) along dimension 1: [B, K, ..] -> int64 [B, ..].
 
-    A race: with e_k ~ Exponential(1), the index with the largest p_k / e_k is k with probability
-    p_k. In logs that is the Gumbel-max trick. One pass, no normalisation, no copy to the host.
+    The Gumbel-max trick: with u_k uniform in (0, 1), the largest logit_k - log(-log u_k) is at k
+    with probability softmax(logits)_k. One pass, no normalisation, no copy to the host.
     """
-    race = torch.empty_like(logits, dtype=torch.float32).exponential_()
-    return (logits.float() / temperature - race.log()).argmax(1)
+    u = torch.rand(logits.shape, device=logits.device).clamp_(min=1e-30)
+    return (logits.float() / temperature - u.log_().neg_().log_()).argmax(1)
 
 
 def reward_class(rewards):

@@ -46,7 +46,7 @@ class ActorCritic(nn.Module):
         self.critic = nn.Linear(features, 1)
         # Start near the uniform policy and value 0: the first advantages are then the rewards' own.
         nn.init.orthogonal_(self.actor.weight, 0.01)
-        nn.init.orthogonal_(self.critic.weight, 1.0)
+        nn.init.orthogonal_(self.critic.weight, 0.1)
         nn.init.zeros_(self.actor.bias)
         nn.init.zeros_(self.critic.bias)
 

@@ -132,10 +132,11 @@ PRESETS = {
     "small": dict(
         random_hold=32, vqvae_width=0.5, warmup_epochs=7, warmup_batch=12, warmup_lr_end=1e-4,
         foreground=40, commitment=50, revive_codes=True, vqvae_batch=16,
-        hidden=32, dynamics_batch=8, dynamics_lr=2e-3, dynamics_lr_end=2e-4, teacher=0.7,
+        hidden=32, dynamics_batch=8, dynamics_lr=3e-3, dynamics_lr_end=2e-4, teacher=0.7,
         reward_windows=0.25, world_model_epochs=(
-            11, 3.7, 2.8, 2.2, 1.8, 1.6, 1.4, 1.2, 1.1, 1, 0.9, 0.85, 0.8, 0.75, 0.7),
-        policy_width=0.5, dreams=64, ppo_updates=(60,) * 15, eval_episodes=4),
+            11, 2.75, 2.06, 1.65, 1.38, 1.18, 1.03, 0.92, 0.83, 0.75, 0.69, 0.64, 0.59, 0.55, 0.52),
+        policy_width=0.25, dreams=64, ppo_updates=(110,) * 15, policy_lr=5e-4, clip=0.2,
+        value_clip=1e9, eval_episodes=4),
     "smoke": dict(
         iterations=2, first_interactions=400, interactions=200,
         vqvae_width=0.25, warmup_epochs=6, warmup_batch=12, warmup_lr_end=1e-4, foreground=40,
@@ -225,7 +226,10 @@ class Models:
                 {"params": trunk, "lr": config.dynamics_lr},
                 {"params": head, "lr": config.reward_lr, "eps": 1e-8 * config.reward_weight}],
                 fused=fused),
-            "policy": torch.optim.Adam(self.policy.parameters(), lr=config.policy_lr, fused=fused),
+            # eps as in PPO's reference code: with 1e-8 Adam's first steps, all of full size, can
+            # throw the critic off and with it, through the shared trunk, the policy.
+            "policy": torch.optim.Adam(self.policy.parameters(), lr=config.policy_lr, eps=1e-5,
+                                       fused=fused),
         }
 
     def networks(self):
