@@ -144,8 +144,8 @@ PRESETS = {
         world_model_epochs=(2, 1.5), policy_width=0.25, dreams=8, ppo_updates=(3, 3),
         eval_episodes=1, final_episodes=1),
 }
-# What may change when a run is resumed, with --override: nothing that the numbers depend on.
-MAY_CHANGE = ("device", "out", "checkpoint_minutes", "bf16", "eval_episodes", "final_episodes")
+# What may change when a run is resumed, with --override: where it runs, how often it is judged.
+MAY_CHANGE = ("device", "checkpoint_minutes", "bf16", "eval_episodes", "final_episodes")
 STAGES = ("collect", "warm_up", "world_model", "policy", "evaluate")
 SCHEMA = 1                                          # of the checkpoint, and what is in it:
 STATE = {"schema", "config", "iteration", "stage", "update", "networks", "optimizers", "torch_rng",
@@ -535,11 +535,9 @@ class Run:
         """Yields the numbers of the updates of this stage that are still to do,
         counting and saving on the way.
         """
-        label = (f"{self.iteration + 1:2d}/{self.config.iterations} "
-                 f"{self.stage.replace('_', ' '):11s}")
         begun, first = time.monotonic(), self.update
-        with tqdm(total=total, initial=self.update, desc=label, disable=not sys.stderr.isatty(),
-                  leave=False, dynamic_ncols=True) as bar:
+        with tqdm(total=total, initial=self.update, desc=self.label(), leave=False,
+                  disable=not sys.stderr.isatty(), dynamic_ncols=True) as bar:
             while self.update < total:
                 yield self.update
                 self.update += 1
@@ -593,6 +591,18 @@ class Run:
             print(f"    {finished.replace('_', ' '):11s} {clock(seconds)}   whole run: "
                   f"{clock(self.seconds_left())} left", file=sys.stderr, flush=True)
         self.save()
+
+    def label(self):
+        """Of this stage's progress bar."""
+        stage = self.stage.replace("_", " ")
+        return f"{self.iteration + 1:2d}/{self.config.iterations} {stage:11s}"
+
+    @contextlib.contextmanager
+    def other_dice(self, seed):
+        """Inside, torch's generators start from this seed; afterwards the run's own go on."""
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            yield
 
     def numpy_rng(self, *numbers):
         """A generator that depends on the seed, the position and nothing else."""
@@ -735,8 +745,8 @@ def collect(run):
     frame = run.env.reset(seed=int(rng.integers(2**31)))
     start, stack, score, returns = len(run.buffer), np.stack([frame] * 4), 0.0, []
     steps, hold = c.first_interactions if run.iteration == 0 else c.interactions, 0
-    for step in tqdm(range(steps), desc=f"{run.iteration + 1:2d}/{c.iterations} collect    ",
-                     leave=False, disable=not sys.stderr.isatty(), dynamic_ncols=True):
+    for step in tqdm(range(steps), desc=run.label(), leave=False, unit=" steps",
+                     disable=not sys.stderr.isatty(), dynamic_ncols=True):
         if run.iteration == 0:
             # Uniformly random. Single random steps never cross Freeway's road: in the second half
             # of the round an action may be held for 1, 2, 4, .. steps.
@@ -850,7 +860,7 @@ def learn_policy(run):
     run.finish_stage("evaluate")
 
 
-def play_episodes(models, game, seeds, temperature, stopped=lambda: False):
+def play_episodes(models, game, seeds, temperature, stopped=lambda: False, label="playing"):
     """Plays one whole real episode for each seed, all side by side
     -> list of scores, None if stopped.
 
@@ -860,16 +870,18 @@ def play_episodes(models, game, seeds, temperature, stopped=lambda: False):
     envs = [AtariEnv(game, seed=seed) for seed in seeds]
     stacks = np.stack([[env.reset()] * 4 for env in envs])                       # [B, 4, 96, 96]
     scores, playing = np.zeros(len(envs)), np.arange(len(envs))
-    while len(playing):
-        if stopped():
-            return None
-        actions, over = models.act(stacks[playing], temperature), []
-        for i, action in zip(playing, actions):
-            frame, reward, terminated, truncated = envs[i].step(action)
-            scores[i] += reward
-            stacks[i] = np.concatenate([stacks[i, 1:], frame[None]])
-            over.append(terminated or truncated)
-        playing = playing[~np.array(over)]
+    with tqdm(desc=label, unit=" steps", disable=not sys.stderr.isatty(), leave=False) as bar:
+        while len(playing):
+            if stopped():
+                return None
+            actions, over = models.act(stacks[playing], temperature), []
+            for i, action in zip(playing, actions):
+                frame, reward, terminated, truncated = envs[i].step(action)
+                scores[i] += reward
+                stacks[i] = np.concatenate([stacks[i, 1:], frame[None]])
+                over.append(terminated or truncated)
+            bar.update(len(playing))
+            playing = playing[~np.array(over)]
     return scores.tolist()
 
 
@@ -881,8 +893,9 @@ def evaluate(run):
     while len(run.returns) < episodes:
         begun, n = time.monotonic(), min(group, episodes - len(run.returns))
         seeds = [int(s) for s in run.numpy_rng(len(run.returns)).integers(2**31, size=n)]
-        scores = play_episodes(run.models, c.game, seeds, c.eval_temperature,
-                               lambda: run.stop_signal is not None)
+        with run.other_dice(seeds[0]):
+            scores = play_episodes(run.models, c.game, seeds, c.eval_temperature,
+                                   lambda: run.stop_signal is not None, run.label())
         if scores is None:
             run.leave()
         run.returns += scores
@@ -1011,16 +1024,11 @@ def world_model_picture(run):
     inside = [s for s in starts if not buffer.ends[s:s + length - 1].any()] or [starts[0]]
     motion = [buffer.frames[s:s + length].astype(np.float32).std(0).mean() for s in inside]
     rows = np.arange(length) + inside[int(np.argmax(motion))]
-    rng_state = torch.get_rng_state()           # the picture's dream must not move the run's dice
-    cuda_state = torch.cuda.get_rng_state(run.device) if run.device.type == "cuda" else None
-    with models.autocast():
+    with run.other_dice(int(rows[0])), models.autocast():
         codes = models.vqvae.encode(models.to_device(buffer.stacked(rows)))
         actions = models.to_device(buffer.actions[rows].astype(np.int64))
         dreamed = dream_along(models, codes, actions, context)
-        images = [models.vqvae.decode(z)[:, -1].float().cpu().numpy() for z in (codes, dreamed)]
-    torch.set_rng_state(rng_state)
-    if cuda_state is not None:
-        torch.cuda.set_rng_state(cuda_state, run.device)
+        images = [models.vqvae.decode(z)[:, -1].cpu().numpy() for z in (codes, dreamed)]
 
     shown = list(range(0, length, every))
     figure, axes = plt.subplots(5, len(shown), figsize=(1.35 * len(shown), 7.2), squeeze=False)
