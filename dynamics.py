@@ -206,7 +206,7 @@ def dream(dynamics, embed, policy, start_codes, steps=50, temperature=1.0):
 def main():
     parser = argparse.ArgumentParser(description="Learn the dynamics of a small world "
                                                  "made of codes.")
-    parser.add_argument("--updates", type=int, default=400)
+    parser.add_argument("--updates", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
@@ -214,7 +214,7 @@ def main():
     # A world of 6x6 cells with a runner (code 1) on empty ground (code 0). Actions 0..3 move it
     # up, down, left, right, as far as the walls allow; being in row 0 then pays 1, row 5 costs 1.
     moves = torch.tensor([[-1, 0], [1, 0], [0, -1], [0, 1]])
-    K, D, L, B = 8, 8, 6, 48
+    K, D, L, B = 8, 8, 6, 32
 
     def play(batch, length):
         position = torch.randint(6, (batch, 2))
@@ -232,16 +232,20 @@ def main():
     def embed(codes):
         return F.embedding(codes, vectors).permute(0, 3, 1, 2)
 
-    dynamics = Dynamics(4, num_codes=K, code_dim=D, hidden=32)
-    # As in train.py: the reward loss is scaled by 1e-6, Adam undoes the scale for the head alone.
+    dynamics = Dynamics(4, num_codes=K, code_dim=D, hidden=16)
+    # As in train.py: the reward loss is scaled by 1e-6, Adam undoes the scale for the head alone;
+    # at first all inputs are true codes, later the model reads its own samples.
     head = list(dynamics.reward_head.parameters())
     trunk = [p for name, p in dynamics.named_parameters() if not name.startswith("reward_head")]
-    optimizer = torch.optim.Adam([{"params": trunk, "lr": 1e-3},
+    optimizer = torch.optim.Adam([{"params": trunk, "lr": 2e-3},
                                   {"params": head, "lr": 1e-3, "eps": 1e-14}])
     ends = torch.zeros(B, L, dtype=torch.bool)
     start = time.time()
     for update in range(1, args.updates + 1):
-        loss, parts = dynamics.loss(*play(B, L), ends, embed, context=3)
+        context = L if update < 0.6 * args.updates else 2
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * (1 - 0.95 * update / args.updates)
+        loss, parts = dynamics.loss(*play(B, L), ends, embed, context)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
