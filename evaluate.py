@@ -2,14 +2,19 @@
 
     python evaluate.py runs/Freeway-small-s0             # 32 episodes with the newest checkpoint
     python evaluate.py --random --game Freeway           # the random policy, by the same protocol
+    python evaluate.py runs/*                            # one table of all runs, Tables 4 and 5
 
 Protocol, as the paper's (Section 4, and the authors' released code): 32 whole episodes of the final
 policy, actions sampled from its softmax at temperature 1, up to 30 no-ops at reset, no sticky
 actions, the end of a life does not end an episode, the score is the game's own, unclipped, at most
-108,000 frames.
+108,000 frames. The score of a run is the mean of these episodes; the figures of a game are taken
+over its runs, one for each seed.
 """
 import argparse
+import csv
+import dataclasses
 import json
+import math
 import pathlib
 import sys
 
@@ -17,19 +22,28 @@ import numpy as np
 import torch
 
 from atari import AtariEnv
-from train import PROTOCOL, Models, UserError, check, config_from, newest_checkpoint, play_episodes
+from train import (MAY_CHANGE, PRESETS, PROTOCOL, Config, Models, UserError, check, config_from,
+                   newest_checkpoint, play_episodes)
 
 # Published: scores of a random policy and a human (Mnih et al., 2015, as the Atari 100K benchmark
-# uses them), and the paper's Tables 4 and 5 after 100K interactions: mean (standard deviation) of
-# five runs, median, best; SimPLe (SD, gamma 0.99) and model-free PPO as the paper quotes them.
+# uses them), and the paper's Tables 4 and 5, final scores of five runs after 100K interactions:
+# (mean, standard deviation, median, best). SimPLe is the variant "SD, gamma 0.99", PPO model-free;
+# the paper quotes both, PPO without median and best.
 PUBLISHED = {
-    #                random    human     paper              median   best     SimPLe   PPO 100K
-    "BankHeist":    (14.2,     753.1,    (101.2, 17.4),     101.2,   121.6,   8.2,     16.0),
-    "Breakout":     (1.7,      30.5,     (8.8, 1.5),        8.4,     11.6,    12.7,    5.9),
-    "CrazyClimber": (10780.5,  35829.4,  (47536.9, 6114.9), 45256.2, 59609.4, 39827.8, 18400.0),
-    "Freeway":      (0.0,      29.6,     (24.6, 3.4),       26.2,    29.0,    20.3,    8.0),
-    "Pong":         (-20.7,    14.6,     (11.8, 6.9),       8.2,     20.2,    5.2,     -20.5),
-    "Seaquest":     (68.4,     42054.7,  (458.1, 155.7),    472.5,   635.0,   370.9,   370.0),
+    #                random    human     paper
+    #                          SimPLe                               PPO 100K
+    "BankHeist":    (14.2,     753.1,    (101.2, 17.4, 101.2, 121.6),
+                               (8.2, 4.4, 8.9, 13.9),               (16.0, 12.4)),
+    "Breakout":     (1.7,      30.5,     (8.8, 1.5, 8.4, 11.6),
+                               (12.7, 3.8, 11.0, 19.5),             (5.9, 3.3)),
+    "CrazyClimber": (10780.5,  35829.4,  (47536.9, 6114.9, 45256.2, 59609.4),
+                               (39827.8, 22582.6, 41396.9, 67250.0), (18400.0, 5275.1)),
+    "Freeway":      (0.0,      29.6,     (24.6, 3.4, 26.2, 29.0),
+                               (20.3, 18.5, 33.5, 34.0),            (8.0, 9.8)),
+    "Pong":         (-20.7,    14.6,     (11.8, 6.9, 8.2, 20.2),
+                               (5.2, 9.7, 1.4, 21.0),               (-20.5, 0.6)),
+    "Seaquest":     (68.4,     42054.7,  (458.1, 155.7, 472.5, 635.0),
+                               (370.9, 128.2, 386.9, 497.2),        (370.0, 103.3)),
 }
 
 
@@ -79,61 +93,336 @@ def describe(game, scores):
              f"median {np.median(scores):.1f}  best {scores.max():.1f}  over {len(scores)} episodes"
              + ("" if normalised is None else f"  human-normalised {normalised:.3f}")]
     if game in PUBLISHED:
-        chance, human, (mean, std), median, best, simple, ppo = PUBLISHED[game]
+        chance, human, (mean, std, median, best), simple, ppo = PUBLISHED[game]
         lines.append(f"published: paper mean {mean} (std {std} over 5 runs), median {median}, best "
-                     f"{best}; SimPLe {simple}; PPO 100K {ppo}; random {chance}; human {human}")
+                     f"{best}; SimPLe {simple[0]}; PPO 100K {ppo[0]}; random {chance}; "
+                     f"human {human}")
     else:
         lines.append(f"published: {game} is not in the paper")
     return "\n".join(lines)
 
 
+# --------------------------------------------------------------------------------------------------
+# Judge: many runs, one table
+# --------------------------------------------------------------------------------------------------
+
+
+def read_json(path):
+    """The object in a JSON file; UserError if it can't be read or is none."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError):
+        value = None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is damaged or cannot be read")
+    return value
+
+
+def read_curve(folder):
+    """metrics.csv -> its rows as dicts of floats, one per round; empty fields are left out."""
+    path = folder / "metrics.csv"
+    if not path.exists():
+        return []
+    try:
+        with open(path, newline="") as file:
+            rows = [{name: float(text) for name, text in row.items() if text}
+                    for row in csv.DictReader(file)]
+        if all({"iteration", "interactions"} <= set(row) for row in rows):
+            return rows
+    except (OSError, ValueError, TypeError, AttributeError, csv.Error):
+        pass
+    raise UserError(f"{path} is damaged or cannot be read")
+
+
+def read_run(folder):
+    """Run folder -> dict of what it says about itself, without a look at its checkpoint:
+
+    folder, game, preset, seed, interactions
+    changed   {setting: value} where it differs from its preset: such a run has another row
+    returns   the scores of the final policy's episodes; None for a run that stopped early
+    rows      of metrics.csv, one dict a round
+    rounds    how many there are to be, None if unknown
+    """
+    folder = pathlib.Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"there is no run folder {folder}")
+    evaluation, settings = folder / "evaluation.json", folder / "config.json"
+    if not evaluation.exists() and not settings.exists():
+        raise UserError(f"{folder} is no run folder: no config.json and no evaluation.json in it")
+    config = read_json(settings) if settings.exists() else {}
+    result = read_json(evaluation) if evaluation.exists() else {}
+    run = {name: result.get(name, config.get(name)) for name in ("game", "preset", "seed")}
+    if any(config.get(name, value) != value for name, value in run.items()):
+        raise UserError(f"{evaluation} belongs to another run than {settings}")
+    returns = result.get("returns")
+    whole = (isinstance(run["game"], str) and isinstance(run["preset"], str)
+             and type(run["seed"]) is int)
+    if result:
+        whole &= (isinstance(returns, list) and len(returns) > 0
+                  and all(type(r) in (int, float) and math.isfinite(r) for r in returns)
+                  and type(result.get("interactions")) is int)
+    if not whole:
+        raise UserError(f"{evaluation if result else settings} is damaged or of another version")
+    rows = read_curve(folder)
+    interactions = int(rows[-1]["interactions"]) if rows else 0
+
+    expected = dataclasses.asdict(Config(**PRESETS.get(run["preset"], {})))
+    changed = {}
+    for name in sorted(set(config) | set(expected)) if config else ():
+        value, usual = config.get(name), expected.get(name)
+        usual = list(usual) if isinstance(usual, tuple) else usual
+        if name not in ("game", "preset", "seed", *MAY_CHANGE) and value != usual:
+            changed[name] = value
+    return run | {"folder": folder, "changed": changed,
+                  "interactions": result.get("interactions", interactions),
+                  "returns": returns, "rows": rows, "rounds": config.get("iterations", "?")}
+
+
+def grouped(runs):
+    """Runs -> list of groups that may be averaged: same game, preset and changed settings.
+
+    A run that stopped early is a group of its own. Raises UserError if a seed is there twice: one
+    run counted as two would make the spread too small.
+    """
+    groups, seen = {}, {}
+    order = list(PRESETS)
+    for run in runs:
+        key = (run["game"], order.index(run["preset"]) if run["preset"] in order else len(order),
+               run["preset"], len(run["changed"]), json.dumps(run["changed"]))
+        twin = seen.setdefault((*key, run["seed"]), run)
+        if twin is not run:
+            raise UserError(f"{twin['folder']} and {run['folder']} are the same game, preset and "
+                            f"seed; name one of them")
+        stopped = -1 if run["finished"] else run["seed"]
+        groups.setdefault((*key, stopped), []).append(run)
+    return [sorted(groups[key], key=lambda run: run["seed"]) for key in sorted(groups)]
+
+
+def summary(group):
+    """One row of the table as a dict: statistics over the runs of a group, each run one score.
+
+    std is the square root of the mean squared deviation; None with a single run, which has none.
+    """
+    first, stopped = group[0], not group[0]["finished"]
+    scores = np.array([np.mean(run["returns"]) for run in group if not stopped])
+    row = {"game": first["game"], "preset": first["preset"], "changed": first["changed"],
+           "seeds": [run["seed"] for run in group], "finished": not stopped, "over": "seeds",
+           "mean": None, "std": None, "median": None, "best": None,
+           "episodes": sum(len(run["returns"] or ()) for run in group),
+           "interactions": max(run["interactions"] for run in group), "human_normalised": None}
+    if len(scores):
+        row |= {"mean": float(scores.mean()), "median": float(np.median(scores)),
+                "best": float(scores.max()),
+                "human_normalised": human_normalised(first["game"], float(scores.mean()))}
+    if len(scores) > 1:
+        row["std"] = float(scores.std())
+    return row
+
+
+def interquartile_mean(scores):
+    """Mean of the middle half along the last axis, a quarter (rounded down) cut at either end.
+
+    For 1 2 3 4 9: (2 + 3 + 4) / 3 = 3. As in Agarwal et al. (2021): with a handful of runs the mean
+    hangs on the best and the median on one score.
+    """
+    cut, n = scores.shape[-1] // 4, scores.shape[-1]
+    return np.sort(scores, -1)[..., cut:n - cut].mean(-1)
+
+
+def aggregates(scores):
+    """Human-normalised scores, a list with an array [..., runs] for each game -> float [..., 3]:
+    mean and median over games of the games' means, interquartile mean over all games x runs.
+    """
+    means = np.stack([s.mean(-1) for s in scores], -1)                       # [..., games]
+    return np.stack([means.mean(-1), np.median(means, -1),
+                     interquartile_mean(np.concatenate(scores, -1))], -1)
+
+
+def bootstrap(scores, resamples=10_000, seed=0):
+    """95 % interval of each of the aggregates, float [2, 3] (low, high).
+
+    scores: a list with an array [runs] for each game. Stratified: runs are drawn with replacement
+    within each game, so that no resample lacks one (Agarwal et al., 2021).
+    """
+    rng = np.random.default_rng(seed)
+    drawn = [s[rng.integers(len(s), size=(resamples, len(s)))] for s in scores]     # [R, runs]
+    return np.percentile(aggregates(drawn), [2.5, 97.5], axis=0)
+
+
+def table(groups):
+    """Groups of runs -> the text of the table, of its footnotes and of the aggregates."""
+    notes, body = [], []
+
+    def note(text):
+        if text not in notes:
+            notes.append(text)
+        return f" [{notes.index(text) + 1}]"
+
+    def figure(value):
+        return "-" if value is None else f"{value:.1f}"
+
+    def with_std(mean, std):
+        return figure(mean) + ("" if std is None else f" ({std:.1f})")
+
+    def variant(row):
+        if not row["changed"]:
+            return row["preset"]
+        return row["preset"] + note(f"{row['preset']} with " + ", ".join(
+            f"{name}={value}" for name, value in row["changed"].items()))
+
+    for group in groups:
+        row, rows = summary(group), group[0]["rows"]
+        ours = [with_std(row["mean"], row["std"]), figure(row["median"]), figure(row["best"]),
+                "-" if row["human_normalised"] is None else f"{row['human_normalised']:.3f}"]
+        if not row["finished"]:
+            played, scored = group[0]["returns"], [r for r in rows if "real_return" in r]
+            last = (f"played now: {np.mean(played):.1f} over {len(played)} episodes" if played else
+                    f"last evaluated after {scored[-1]['interactions']:,.0f} interactions: "
+                    f"{scored[-1]['real_return']:.1f} over {scored[-1]['real_episodes']:.0f} "
+                    f"episodes" if scored else "never evaluated")
+            ours[0] = "stopped" + note(
+                f"{group[0]['folder']} stopped early or still runs: in round "
+                f"{rows[-1]['iteration'] if rows else 1:.0f} of {group[0]['rounds']}; {last}")
+        _, _, paper, simple, ppo = PUBLISHED.get(row["game"], [None, None] + [[None] * 4] * 3)
+        body.append([row["game"], variant(row), ",".join(map(str, row["seeds"])),
+                     str(row["episodes"] or "-"), f"{row['interactions']:,}", *ours,
+                     with_std(*paper[:2]), *map(figure, paper[2:]),
+                     with_std(*simple[:2]), *map(figure, simple[2:]), with_std(*ppo[:2])])
+
+    header = ["game", "preset", "seeds", "episodes", "interactions", "mean (std)", "median", "best",
+              "human", "mean (std)", "median", "best", "mean (std)", "median", "best", "mean (std)"]
+    widths = [max(len(line[i]) for line in [header, *body]) for i in range(len(header))]
+
+    def ruled(cells):
+        padded = [cell.ljust(w) if i < 3 else cell.rjust(w)
+                  for i, (cell, w) in enumerate(zip(cells, widths))]
+        return " | ".join("  ".join(part) for part in (
+            padded[:5], padded[5:9], padded[9:12], padded[12:15], padded[15:])).rstrip()
+
+    def above(text, first, last):
+        return text.ljust(sum(widths[first:last]) + 2 * (last - first - 1))
+
+    titles = " | ".join((above("", 0, 5), above("ours", 5, 9), above("paper, published", 9, 12),
+                         above("SimPLe, published", 12, 15), "PPO 100K, published"))
+    lines = [titles, *map(ruled, [header, *body])]
+    lines += [f"[{i}] {text}" for i, text in enumerate(notes, 1)]
+    lines.append("Ours: each run is the mean of its episodes; mean, standard deviation, median and "
+                 "best over runs.\nhuman: (mean - random) / (human - random). Published: Tables 4 "
+                 "and 5 of the paper, five runs each.")
+
+    # The aggregates, for each preset alone.
+    finished = [g for g in groups if g[0]["finished"] and g[0]["game"] in PUBLISHED]
+    for kind in dict.fromkeys(variant(summary(g)) for g in finished):
+        mine = [g for g in finished if variant(summary(g)) == kind]
+        games = [g[0]["game"] for g in mine]
+        scores = [np.array([human_normalised(run["game"], np.mean(run["returns"])) for run in g])
+                  for g in mine]
+        low, high = bootstrap(scores)
+        single = [game for game, s in zip(games, scores) if len(s) == 1]
+        lines.append(f"human-normalised, {kind}, {len(games)} "
+                     f"game{'s' if len(games) > 1 else ''}: " + ", ".join(
+            f"{name} {value:.3f}" + ("" if single else f" [{a:.3f}, {b:.3f}]")
+            for name, value, a, b in zip(("mean", "median", "interquartile mean"),
+                                         aggregates(scores), low, high))
+            + (f"; no interval: one run only of {', '.join(single)}" if single
+               else "; 95 % stratified bootstrap"))
+        published = {name: [human_normalised(game, PUBLISHED[game][column][0]) for game in games]
+                     for name, column in (("paper", 2), ("SimPLe", 3), ("PPO 100K", 4))}
+        lines.append("    the same games, published means: " + "; ".join(
+            f"{name} mean {np.mean(s):.3f}, median {np.median(s):.3f}"
+            for name, s in published.items()))
+    return "\n".join(lines)
+
+
+def play(models, game, episodes, parallel, seed, temperature):
+    """Whole real episodes, `parallel` of them side by side -> list of scores."""
+    torch.manual_seed(seed)
+    scores = []
+    while len(scores) < episodes:
+        first, n = seed * 10_000 + len(scores), min(parallel, episodes - len(scores))
+        scores += play_episodes(models, game, range(first, first + n), temperature)
+    return scores
+
+
+def judge_one(args):
+    """Plays episodes with one run's newest checkpoint, or at random, and prints the scores."""
+    if args.random:
+        game = args.game or load_models(args.runs[0], args.device)[1].game
+        models, interactions, what = (RandomPolicy(AtariEnv(game).num_actions, args.seed), 0,
+                                      "random policy")
+        preset = seeds = None
+    else:
+        models, config, interactions = load_models(args.runs[0], args.device)
+        game, what = config.game, f"{args.runs[0]}, preset {config.preset}, seed {config.seed}"
+        preset, seeds = config.preset, [config.seed]
+    scores = play(models, game, args.episodes or 32, args.parallel, args.seed, args.temperature)
+    if args.json:
+        mean = float(np.mean(scores))
+        print(json.dumps([{
+            "game": game, "preset": preset, "seeds": seeds, "policy": what, "over": "episodes",
+            "mean": mean, "std": float(np.std(scores)), "median": float(np.median(scores)),
+            "best": float(np.max(scores)), "episodes": len(scores), "interactions": interactions,
+            "human_normalised": human_normalised(game, mean), "returns": scores}]))
+        return
+    print(f"{what}, after {interactions:,} real interactions")
+    print(f"protocol: {PROTOCOL}; temperature {args.temperature:g}")
+    print(describe(game, scores))
+
+
+def judge_many(args):
+    """One table of many runs: from their stored final evaluations, or with --episodes played anew.
+    A run without evaluation.json has stopped early: it is shown, and enters no mean.
+    """
+    runs = [read_run(folder) for folder in args.runs]
+    for run in runs:
+        run["finished"] = run["returns"] is not None
+    groups = grouped(runs)                              # refuses duplicates before hours of play
+    if args.episodes:
+        for run in runs:
+            models, _, run["interactions"] = load_models(run["folder"], args.device)
+            run["returns"] = play(models, run["game"], args.episodes, args.parallel, args.seed,
+                                  args.temperature)
+    if args.json:
+        print(json.dumps([summary(group) for group in groups]))
+    else:
+        print(table(groups))
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("run", nargs="?", help="a run folder, e.g. runs/Freeway-small-s0")
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="run folders, e.g. runs/Freeway-"
+                        "small-s0; of one the policy plays, of several the results are compared")
     parser.add_argument("--random", action="store_true",
                         help="judge the uniformly random policy instead")
     parser.add_argument("--game", help="the game for --random (default: the run's)")
-    parser.add_argument("--episodes", type=int, default=32)
+    parser.add_argument("--episodes", type=int, help="how many to play (default: 32; for several "
+                        "runs: none, their stored evaluations are read)")
     parser.add_argument("--parallel", type=int, default=8, help="games played at once")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the policy's softmax")
     parser.add_argument("--seed", type=int, default=1000,
                         help="of the episodes and the sampled actions")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    parser.add_argument("--json", action="store_true",
+                        help="print a list of JSON objects instead of text")
     args = parser.parse_args(arguments)
     try:
-        if args.episodes < 1 or args.parallel < 1 or args.temperature <= 0:
+        if args.episodes is not None and args.episodes < 1 or args.parallel < 1 or not (
+                0 < args.temperature < math.inf):
             raise UserError("--episodes, --parallel and --temperature must be more than 0")
-        if args.run is None and not (args.random and args.game):
+        if not 0 <= args.seed < 2**31:
+            raise UserError("--seed must lie in 0 .. 2**31 - 1")
+        if not args.runs and not (args.random and args.game):
             raise UserError("name a run folder, or --random with --game")
-        if args.random:
-            game = args.game or load_models(args.run, args.device)[1].game
-            models, interactions, what = (RandomPolicy(AtariEnv(game).num_actions, args.seed), 0,
-                                          "random policy")
+        if args.random and len(args.runs) > 1:
+            raise UserError("--random judges one policy: name at most one run")
+        if len(args.runs) > 1:
+            judge_many(args)
         else:
-            models, config, interactions = load_models(args.run, args.device)
-            game, what = config.game, f"{args.run}, preset {config.preset}, seed {config.seed}"
-        torch.manual_seed(args.seed)
-        scores = []
-        while len(scores) < args.episodes:
-            first = args.seed * 10_000 + len(scores)
-            n = min(args.parallel, args.episodes - len(scores))
-            scores += play_episodes(models, game, range(first, first + n), args.temperature)
+            judge_one(args)
     except (UserError, ValueError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
-    if args.json:
-        normalised = human_normalised(game, float(np.mean(scores)))
-        print(json.dumps({"game": game, "policy": what, "interactions": interactions,
-                          "episodes": len(scores), "mean": float(np.mean(scores)),
-                          "std": float(np.std(scores)), "median": float(np.median(scores)),
-                          "best": float(np.max(scores)), "human_normalised": normalised,
-                          "returns": scores}))
-        return
-    print(f"{what}, after {interactions:,} real interactions")
-    print(f"protocol: {PROTOCOL}; temperature {args.temperature:g}")
-    print(describe(game, scores))
 
 
 if __name__ == "__main__":

@@ -1004,7 +1004,7 @@ def test_no_update_waits_for_the_device():
 def test_evaluation_plays_whole_real_games(capsys):
     """Section 4 and Table 4: unclipped scores; the random policy's -20.7 in Pong."""
     evaluate.main(["--random", "--game", "Pong", "--episodes", "3", "--json"])
-    result = json.loads(capsys.readouterr().out)
+    result, = json.loads(capsys.readouterr().out)
     assert result["episodes"] == len(result["returns"]) == 3
     assert all(-21 <= score <= -17 and score == int(score) for score in result["returns"])
     assert result["mean"] == pytest.approx(np.mean(result["returns"]))
@@ -1133,6 +1133,148 @@ def test_a_foreign_checkpoint_is_refused_and_its_code_not_run(tmp_path):
     assert not trap.exists()
     torch.load(path, weights_only=False)       # it was live
     assert trap.exists()
+
+
+# ----------------------------------------------------------------------------------------------
+# evaluate.py: judging many runs, seeing what one dreams
+# ----------------------------------------------------------------------------------------------
+
+
+def made_up_run(out, game, seed, scores, preset="small", rows=3, **changed):
+    """A run folder with config.json, metrics.csv and, if there are scores, evaluation.json."""
+    folder = out / f"{game}-{preset}-s{seed}-{len(changed)}"
+    folder.mkdir(parents=True)
+    settings = train.PRESETS[preset] | {"game": game, "preset": preset, "seed": seed} | changed
+    config = dataclasses.asdict(train.Config(**settings))
+    (folder / "config.json").write_text(json.dumps(config))
+    train.write_table(folder / "metrics.csv", train.METRICS, [
+        {"iteration": i + 1, "interactions": 100 * (i + 1), "real_return": 10. * seed + i,
+         "real_episodes": 4} for i in range(rows)])
+    if scores is not None:
+        (folder / "evaluation.json").write_text(json.dumps(
+            {"game": game, "preset": preset, "seed": seed, "interactions": 100 * rows,
+             "episodes": len(scores), "returns": scores}))
+    return folder
+
+
+def judged(capsys, *arguments):
+    """What evaluate.main prints."""
+    capsys.readouterr()
+    evaluate.main([str(a) for a in arguments])
+    return capsys.readouterr().out
+
+
+def test_published_numbers_are_those_of_tables_4_and_5():
+    """Table 4: mean and deviation of ours, SimPLe, PPO 100K. Table 5: medians, bests."""
+    table4 = """BankHeist 101.2 17.4 8.2 4.4 16.0 12.4
+        Breakout 8.8 1.5 12.7 3.8 5.9 3.3
+        CrazyClimber 47536.9 6114.9 39827.8 22582.6 18400.0 5275.1
+        Freeway 24.6 3.4 20.3 18.5 8.0 9.8
+        Pong 11.8 6.9 5.2 9.7 -20.5 0.6
+        Seaquest 458.1 155.7 370.9 128.2 370.0 103.3"""
+    table5 = """BankHeist 101.2 8.9 121.6 13.9
+        Breakout 8.4 11.0 11.6 19.5
+        CrazyClimber 45256.2 41396.9 59609.4 67250.0
+        Freeway 26.2 33.5 29.0 34.0
+        Pong 8.2 1.4 20.2 21.0
+        Seaquest 472.5 386.9 635.0 497.2"""
+    lines = list(zip(table4.splitlines(), table5.splitlines()))
+    assert len(lines) == len(evaluate.PUBLISHED) == 6
+    for line4, line5 in lines:
+        game, *four = line4.split()
+        same_game, *five = line5.split()
+        four, five = [float(v) for v in four], [float(v) for v in five]
+        _, _, paper, simple, ppo = evaluate.PUBLISHED[game]
+        assert game == same_game and ppo == tuple(four[4:])
+        assert paper == (*four[:2], five[0], five[2]) and simple == (*four[2:4], five[1], five[3])
+
+
+def test_judge_pools_seeds_and_nothing_else(tmp_path, capsys):
+    """Tables 4 and 5: a run counts as the mean of its episodes; statistics are over runs."""
+    for seed, scores in enumerate(([1, 3], [5, 5], [12, 12])):
+        made_up_run(tmp_path, "Freeway", seed, scores)
+    made_up_run(tmp_path, "Freeway", 3, [20.0], preset="paper")
+    made_up_run(tmp_path, "Freeway", 4, [25.0], scale=0.5)
+    made_up_run(tmp_path, "Freeway", 5, None, rows=2)
+    made_up_run(tmp_path, "Pong", 0, [-21.0])
+    made_up_run(tmp_path, "Tennis", 0, [-24.0], preset="smoke")
+    rows = json.loads(judged(capsys, *tmp_path.iterdir(), "--json"))
+    assert [(r["game"], r["preset"], r["seeds"], r["mean"]) for r in rows] == [
+        ("Freeway", "paper", [3], 20), ("Freeway", "small", [0, 1, 2], pytest.approx(19 / 3)),
+        ("Freeway", "small", [5], None), ("Freeway", "small", [4], 25),
+        ("Pong", "small", [0], -21), ("Tennis", "smoke", [0], -24)]
+    row = next(r for r in rows if r["seeds"] == [0, 1, 2])
+    assert (row["median"], row["best"], row["episodes"], row["interactions"]) == (5, 12, 6, 300)
+    assert row["std"] == pytest.approx(math.sqrt(
+        sum((v - 19 / 3) ** 2 for v in (2, 5, 12)) / 3))
+    assert row["human_normalised"] == pytest.approx(19 / 3 / 29.6)
+    assert [r["finished"] for r in rows].count(False) == 1 and rows[-1]["human_normalised"] is None
+    assert all(r["std"] is None for r in rows if len(r["seeds"]) == 1)   # one run has no spread
+    assert next(r for r in rows if r["seeds"] == [4])["changed"] == {"scale": 0.5}
+
+    text = judged(capsys, *tmp_path.iterdir())
+    line = next(line for line in text.splitlines() if "0,1,2" in line)
+    for said in ("Freeway", "small", "6.3 (4.2)", "5.0", "12.0", "0.214", "24.6 (3.4)", "26.2",
+                 "20.3 (18.5)", "33.5", "34.0", "8.0 (9.8)"):
+        assert said in line, (said, line)
+    assert "stopped early or still runs: in round 2 of 15; last evaluated after 200 " in text
+    assert "51.0 over 4 episodes" in text and "small with scale=0.5" in text
+    assert "human-normalised, small, 2 games" in text and "one run only of Pong" in text
+    assert max(len(line) for line in text.splitlines() if " | " in line) < 180
+
+
+def test_aggregates_and_their_bootstrap_against_brute_force():
+    """Agarwal et al. (2021): all 729 ways to redraw 3 runs in each of 2 games, by plain loops."""
+    scores = [np.array([0.1, 0.5, 0.9]), np.array([0.2, 0.3, 1.6])]
+
+    def by_hand(games):
+        means = sorted(sum(g) / len(g) for g in games)
+        median = (means[(len(means) - 1) // 2] + means[len(means) // 2]) / 2
+        everything = sorted(v for g in games for v in g)
+        for _ in range(int(0.25 * len(everything))):
+            everything = everything[1:-1]
+        return [sum(means) / len(means), median, sum(everything) / len(everything)]
+
+    rng = np.random.default_rng(0)
+    for sizes in ((1,), (3, 3), (5, 2, 4), (4, 4, 4, 4), (5,)):
+        games = [rng.normal(size=n) for n in sizes]
+        np.testing.assert_allclose(evaluate.aggregates(games), by_hand(games))
+    draws = [[a, b, c] for a in range(3) for b in range(3) for c in range(3)]
+    every = np.array([by_hand([scores[0][i], scores[1][j]]) for i in draws for j in draws])
+    low, high = evaluate.bootstrap(scores, resamples=40_000)
+    for k in range(3):                         # the distribution is discrete: some slack in p
+        assert np.quantile(every[:, k], 0.02) <= low[k] <= np.quantile(every[:, k], 0.03)
+        assert np.quantile(every[:, k], 0.97) <= high[k] <= np.quantile(every[:, k], 0.98)
+    assert evaluate.interquartile_mean(np.array([9., 1, 4, 2, 3])) == 3     # docstring's example
+
+
+def test_judge_refuses_what_it_cannot_trust(tmp_path, capsys):
+    """One clear line each; a damaged or doubled run is never averaged."""
+    good, other = (made_up_run(tmp_path, "Pong", s, [1.0]) for s in (0, 1))
+
+    def refuses(saying, *folders):
+        assert_main_refuses(saying, evaluate.main, good, *folders)
+
+    refuses("no run folder", tmp_path / "nowhere")
+    refuses("no config.json", tmp_path)
+    refuses("same game, preset and seed", good)
+    assert_main_refuses("at most one run", evaluate.main, good, other, "--random")
+    path = other / "evaluation.json"
+    whole = json.loads(path.read_text())
+    for text in ("", "[1]", '"x"', "{", json.dumps(whole | {"returns": []}),
+                 json.dumps(whole | {"returns": [float("nan")]}),
+                 json.dumps(whole | {"returns": ["3"]}),
+                 json.dumps(whole | {"interactions": None})):
+        path.write_text(text)
+        refuses("is damaged", other)
+    path.write_text(json.dumps(whole | {"seed": 7}))
+    refuses("belongs to another run", other)
+    path.write_text(json.dumps(whole))
+    for text in ("iteration,interactions\n1,abc\n", "a,b\n1,2\n", "iteration\n1,2,3\n"):
+        (other / "metrics.csv").write_text(text)
+        refuses("metrics.csv is damaged", other)
+    (other / "metrics.csv").unlink()           # may be missing: the scores are elsewhere
+    assert "0,1" in judged(capsys, good, other)
 
 
 # ----------------------------------------------------------------------------------------------
