@@ -3,6 +3,7 @@
     python evaluate.py runs/Freeway-small-s0             # 32 episodes with the newest checkpoint
     python evaluate.py --random --game Freeway           # the random policy, by the same protocol
     python evaluate.py runs/*                            # one table of all runs, Tables 4 and 5
+    python evaluate.py runs/* --plot curves.png          # and their learning curves, Figure 4
 
 Protocol, as the paper's (Section 4, and the authors' released code): 32 whole episodes of the final
 policy, actions sampled from its softmax at temperature 1, up to 30 no-ops at reset, no sticky
@@ -13,6 +14,7 @@ over its runs, one for each seed.
 import argparse
 import csv
 import dataclasses
+import io
 import json
 import math
 import pathlib
@@ -23,7 +25,7 @@ import torch
 
 from atari import AtariEnv
 from train import (MAY_CHANGE, PRESETS, PROTOCOL, Config, Models, UserError, check, config_from,
-                   newest_checkpoint, play_episodes)
+                   newest_checkpoint, play_episodes, write_atomically)
 
 # Published: scores of a random policy and a human (Mnih et al., 2015, as the Atari 100K benchmark
 # uses them), and the paper's Tables 4 and 5, final scores of five runs after 100K interactions:
@@ -334,6 +336,92 @@ def table(groups):
     return "\n".join(lines)
 
 
+def curves(group):
+    """Scores of a group's runs over time -> (interactions int [P], scores float [runs, P]).
+
+    P: the rounds after which every run of the group was evaluated.
+    """
+    runs = [{int(row["interactions"]): row["real_return"] for row in run["rows"]
+             if "real_return" in row} for run in group]
+    points = sorted(set.intersection(*map(set, runs)))
+    return np.array(points, int), np.array([[run[x] for x in points] for run in runs])
+
+
+def plot(groups, path):
+    """Figure 4: score against real interactions, one panel per game.
+
+    Mean over seeds with its standard deviation, the best seed (by its final score), and the final
+    means of the paper and of SimPLe as horizontal lines. A run that stopped early is a line of its
+    own. Line styles, hatches and markers tell everything apart without colour.
+    """
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    games = list(dict.fromkeys(group[0]["game"] for group in groups))
+    columns = min(len(games), 3)
+    lines = -(-len(games) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(5.2 * columns, 4 * lines), squeeze=False)
+    for ax in axes.flat[len(games):]:
+        ax.axis("off")
+    for ax, game in zip(axes.flat, games):
+        mine = [group for group in groups if group[0]["game"] == game]
+        looks = zip("C0 C1 C2 C4".split() * len(mine), ("-", "--", "-.", ":") * len(mine),
+                    ("//", "\\\\", "..", "xx") * len(mine))
+        for group in mine:
+            x, scores = curves(group)
+            name = f"preset {group[0]['preset']}" + (f" ({', '.join(group[0]['changed'])} changed)"
+                                         if group[0]["changed"] else "")
+            if not group[0]["finished"]:
+                ax.plot(x, scores.T, ":", color="0.5", marker="x", markersize=4,
+                        label=f"{name}, seed {group[0]['seed']}, stopped early")
+                continue
+            color, line, hatch = next(looks)
+            mean, std, n = scores.mean(0), scores.std(0), len(group)
+            ax.plot(x, mean, line, color=color, linewidth=2.5,
+                    label=f"{name}, mean of {n} seeds" if n > 1 else f"{name}, one seed")
+            if n > 1:
+                ax.fill_between(x, mean - std, mean + std, facecolor="none", edgecolor=color,
+                                hatch=hatch, alpha=0.4, linewidth=0.5, label="+- std over seeds")
+                best = max(range(n), key=lambda i: np.mean(group[i]["returns"]))
+                ax.plot(x, scores[best], line, color=color, linewidth=1, marker="o", markersize=4,
+                        label=f"best seed ({group[best]['seed']})")
+        if game in PUBLISHED:
+            _, _, paper, simple, _ = PUBLISHED[game]
+            ax.axhline(paper[0], color="k", linestyle=(0, (7, 2)), linewidth=1.2,
+                       label=f"paper, published final mean {paper[0]:g}")
+            ax.axhline(simple[0], color="k", linestyle=(0, (1, 2)), linewidth=1.6,
+                       label=f"SimPLe, published final mean {simple[0]:g}")
+        ax.set_title(game)
+        ax.set_xlabel("real interactions (x4 = frames)")
+        ax.set_ylabel("score of an episode")
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=7)
+    figure.tight_layout()
+    data = io.BytesIO()
+    figure.savefig(data, format=pathlib.Path(path).suffix[1:], dpi=100)
+    plt.close(figure)
+    write_file(path, data.getbuffer())
+
+
+def check_name(path, *endings):
+    """Before hours of work: can a picture be written there, under a name with one of the endings?
+    """
+    path = pathlib.Path(path)
+    if path.suffix.lower() not in endings:
+        raise UserError(f"{path} must end in {' or '.join(endings)}")
+    if not path.parent.is_dir():
+        raise UserError(f"there is no folder {path.parent} for {path.name}")
+
+
+def write_file(path, data):
+    """Bytes -> file, whole or not at all; says so on standard error (stdout may be JSON)."""
+    try:
+        write_atomically(pathlib.Path(path), data)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    print(f"saved {path}", file=sys.stderr)
+
+
 def play(models, game, episodes, parallel, seed, temperature):
     """Whole real episodes, `parallel` of them side by side -> list of scores."""
     torch.manual_seed(seed)
@@ -382,16 +470,22 @@ def judge_many(args):
             models, _, run["interactions"] = load_models(run["folder"], args.device)
             run["returns"] = play(models, run["game"], args.episodes, args.parallel, args.seed,
                                   args.temperature)
+    if args.plot and not any(curves(group)[0].size for group in groups):
+        raise UserError("there is nothing to plot: none of these runs was evaluated yet")
     if args.json:
         print(json.dumps([summary(group) for group in groups]))
     else:
         print(table(groups))
+    if args.plot:
+        plot(groups, args.plot)
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="*", metavar="RUN", help="run folders, e.g. runs/Freeway-"
                         "small-s0; of one the policy plays, of several the results are compared")
+    parser.add_argument("--plot", metavar="curves.png",
+                        help="draw the learning curves of the runs, a panel for each game")
     parser.add_argument("--random", action="store_true",
                         help="judge the uniformly random policy instead")
     parser.add_argument("--game", help="the game for --random (default: the run's)")
@@ -415,7 +509,11 @@ def main(arguments=None):
             raise UserError("name a run folder, or --random with --game")
         if args.random and len(args.runs) > 1:
             raise UserError("--random judges one policy: name at most one run")
-        if len(args.runs) > 1:
+        if args.plot:
+            if args.random or not args.runs:
+                raise UserError("--plot draws the curves of runs: name one or more")
+            check_name(args.plot, ".png", ".pdf", ".svg")
+        if len(args.runs) > 1 or args.plot:
             judge_many(args)
         else:
             judge_one(args)

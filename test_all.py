@@ -1277,6 +1277,41 @@ def test_judge_refuses_what_it_cannot_trust(tmp_path, capsys):
     assert "0,1" in judged(capsys, good, other)
 
 
+def test_plot_draws_figure_4(tmp_path, capsys, monkeypatch):
+    """Figure 4: mean and spread over finished seeds, the best seed, published means as bars."""
+    for seed, scores in enumerate(([1.0], [50.0], [9.0])):
+        made_up_run(tmp_path, "Freeway", seed, scores)
+    made_up_run(tmp_path, "Freeway", 3, None, rows=2)
+    made_up_run(tmp_path, "Pong", 0, [9.0], preset="paper")
+    runs, picture = sorted(tmp_path.iterdir()), tmp_path / "curves.png"
+    drawn = {}
+    monkeypatch.setattr(matplotlib.pyplot, "close", lambda figure: drawn.update(figure=figure))
+    judged(capsys, *runs, "--plot", picture)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    freeway, pong = drawn["figure"].axes
+    lines = {line.get_label(): line for line in freeway.lines}
+    mean, best = lines["preset small, mean of 3 seeds"], lines["best seed (1)"]
+    # made_up_run: seed s scores 10 s, 10 s + 1, 10 s + 2 after 100, 200, 300 interactions.
+    assert mean.get_xdata().tolist() == [100, 200, 300]
+    assert mean.get_ydata().tolist() == [10, 11, 12] == best.get_ydata().tolist()
+    stopped = lines["preset small, seed 3, stopped early"]
+    assert stopped.get_ydata().tolist() == [30, 31]
+    low, high = freeway.collections[0].get_datalim(freeway.transData).intervaly
+    assert (low, high) == pytest.approx((10 - math.sqrt(200 / 3), 12 + math.sqrt(200 / 3)))
+    assert 24.6 in [line.get_ydata()[0] for line in freeway.lines]
+    assert 5.2 in [line.get_ydata()[0] for line in pong.lines]
+    # In black and white: no two lines of a panel look the same.
+    looks = [(line.get_linestyle(), line.get_linewidth(), line.get_marker(),
+              str(line._dash_pattern)) for line in freeway.lines]
+    assert len(set(looks)) == len(looks) == 5
+    monkeypatch.undo()
+    assert_main_refuses("must end in .png", evaluate.main, runs[0], "--plot", tmp_path / "a.txt")
+    nowhere = tmp_path / "nowhere" / "b.png"
+    assert_main_refuses("there is no folder", evaluate.main, runs[0], "--plot", nowhere)
+    new = made_up_run(tmp_path / "new", "Pong", 1, None, rows=0)
+    assert_main_refuses("nothing to plot", evaluate.main, new, "--plot", picture)
+
+
 # ----------------------------------------------------------------------------------------------
 # A long run can be trusted: nothing is lost, and resuming changes nothing
 # ----------------------------------------------------------------------------------------------
