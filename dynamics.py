@@ -31,13 +31,14 @@ import torch.nn.functional as F
 from convlstm import ConvLSTMCell
 
 
-def sample(logits, temperature=1.0):
+def sample(logits, temperature=1.0, generator=None):
     """Draws from Cat(Softmax(logits / temperature)) along dimension 1: [B, K, ..] -> int64 [B, ..].
 
     The Gumbel-max trick: with u_k uniform in (0, 1), the largest logit_k - log(-log u_k) is at k
     with probability softmax(logits)_k. One pass, no normalisation, no copy to the host.
+    generator: of the u_k; torch's global one if None.
     """
-    u = torch.rand(logits.shape, device=logits.device).clamp_(min=1e-30)
+    u = torch.rand(logits.shape, device=logits.device, generator=generator).clamp_(min=1e-30)
     return (logits.float() / temperature - u.log_().neg_().log_()).argmax(1)
 
 
@@ -170,6 +171,18 @@ class Dynamics(nn.Module):
 
 
 @torch.no_grad()
+def dream_step(dynamics, z, action, state, temperature=1.0, generator=None):
+    """One step of imagination, the same in `dream`, in DreamEnv and wherever else one dreams.
+
+    z float [B, D, 6, 6] embedded codes, action int64 [B], state as the dynamics returns it
+    -> (next codes int64 [B, 6, 6], rewards float [B] in {-1, 0, 1}, next state), both sampled.
+    """
+    code_logits, reward_logits, state = dynamics(z, action, state)
+    reward = sample(reward_logits, generator=generator).float() - 1              # Eq. 7
+    return sample(code_logits, temperature, generator), reward, state            # Eq. 6
+
+
+@torch.no_grad()
 def dream(dynamics, embed, policy, start_codes, steps=50, temperature=1.0):
     """Imagined experience: the only experience the policy is ever trained on (Section 3.4).
 
@@ -193,10 +206,9 @@ def dream(dynamics, embed, policy, start_codes, steps=50, temperature=1.0):
         action_logits = action_logits.float()
         action = sample(action_logits)                                           # Eq. 8
         log_prob = action_logits.log_softmax(1).gather(1, action[:, None])[:, 0]
-        code_logits, reward_logits, state = dynamics(z, action, state)
-        reward = sample(reward_logits).float() - 1                               # Eq. 7
+        next_codes, reward, state = dream_step(dynamics, z, action, state, temperature)
         rows.append((codes, action, log_prob, value.float(), reward))
-        codes = sample(code_logits, temperature)                                 # Eq. 6
+        codes = next_codes
     names = ("codes", "actions", "log_probs", "values", "rewards")
     batch = {name: torch.stack(column) for name, column in zip(names, zip(*rows))}
     last = torch.arange(steps, device=device) == steps - 1

@@ -4,6 +4,7 @@
     python evaluate.py --random --game Freeway           # the random policy, by the same protocol
     python evaluate.py runs/*                            # one table of all runs, Tables 4 and 5
     python evaluate.py runs/* --plot curves.png          # and their learning curves, Figure 4
+    python evaluate.py runs/Pong-small-s0 --fidelity     # where does its dream go wrong?
 
 Protocol, as the paper's (Section 4, and the authors' released code): 32 whole episodes of the final
 policy, actions sampled from its softmax at temperature 1, up to 30 no-ops at reset, no sticky
@@ -23,9 +24,11 @@ import sys
 import numpy as np
 import torch
 
-from atari import AtariEnv
+from atari import AtariEnv, ExperienceBuffer
+from dynamics import dream_step, reward_class
 from train import (MAY_CHANGE, PRESETS, PROTOCOL, Config, Models, UserError, check, config_from,
                    newest_checkpoint, play_episodes, write_atomically)
+from vqvae import foreground_error
 
 # Published: scores of a random policy and a human (Mnih et al., 2015, as the Atari 100K benchmark
 # uses them), and the paper's Tables 4 and 5, final scores of five runs after 100K interactions:
@@ -432,6 +435,167 @@ def play(models, game, episodes, parallel, seed, temperature):
     return scores
 
 
+# --------------------------------------------------------------------------------------------------
+# Dream fidelity: where does the dream leave the road?
+# --------------------------------------------------------------------------------------------------
+
+CONTEXT = 4                                     # observations seen, as in training (released code)
+HORIZONS = (1, 2, 5, 10, 25, 50)                # steps dreamed after them
+
+
+def record(models, game, seeds, temperature, most):
+    """Plays one real episode for each seed, side by side, at most `most` steps of each
+    -> ExperienceBuffer with one episode after the other. Nothing learns from it.
+    """
+    envs = [AtariEnv(game, seed=seed) for seed in seeds]
+    stacks = np.stack([[env.reset()] * 4 for env in envs])                       # [B, 4, 96, 96]
+    episodes, playing = [[] for _ in envs], np.arange(len(envs))
+    for step in range(most):
+        actions, over = models.act(stacks[playing], temperature), []
+        for i, action in zip(playing, actions):
+            frame, reward, terminated, truncated = envs[i].step(action)
+            truncated |= step == most - 1
+            episodes[i].append((stacks[i, -1].copy(), action, reward, terminated, truncated))
+            stacks[i] = np.concatenate([stacks[i, 1:], frame[None]])
+            over.append(terminated or truncated)
+        playing = playing[~np.array(over)]
+        if not len(playing):
+            break
+    buffer = ExperienceBuffer(sum(map(len, episodes)))
+    for episode in episodes:
+        buffer.add(*map(np.array, zip(*episode)))
+    return buffer
+
+
+@torch.no_grad()
+def encoded(models, buffer, batch=64):
+    """Codes of all observations of a buffer, int64 [N, 6, 6] on the device."""
+    with models.autocast():
+        return torch.cat([models.vqvae.encode(models.to_device(buffer.stacked(rows))) for rows in
+                          np.array_split(np.arange(len(buffer)), -(-len(buffer) // batch))])
+
+
+@torch.no_grad()
+def decoded(models, codes, batch=64):
+    """Codes int64 [N, 6, 6] -> the newest frame of each decoded observation,
+    float32 [N, 96, 96] in [0, 1], on the host.
+    """
+    with models.autocast():
+        return torch.cat([models.vqvae.decode(z)[:, -1].float().cpu() for z in codes.split(batch)])
+
+
+@torch.no_grad()
+def open_loop(models, codes, actions, context=CONTEXT, temperature=1.0):
+    """Dreams along real stretches, all of them side by side, under the real actions.
+
+    codes    int64 [B, L, 6, 6]; the first `context` are seen, the others only give the length
+    actions  int64 [B, L]
+    -> dreamed codes [B, L, 6, 6] (the first `context` are the real ones), rewards [B, L - 1] in
+       {-1, 0, 1}; both sampled, each step from the dreamed codes of the one before
+
+        t          0    1    2    3  |  4    5   ..  53       context 4, L = 54
+        codes    z_0  z_1  z_2  z_3  | z^_4 z^_5 .. z^_53     z^_4 is dreamed step 1, z^_53 step 50
+        rewards  r^_0 r^_1 r^_2 r^_3   r^_4 ..  r^_52         r^_3 comes with z^_4: step 1
+    """
+    state, dreamed, rewards = models.dynamics.initial_state(len(codes)), [codes[:, 0]], []
+    with models.autocast():
+        for t in range(codes.shape[1] - 1):
+            z = models.vqvae.embed(dreamed[t])
+            following, reward, state = dream_step(models.dynamics, z, actions[:, t], state,
+                                                  temperature)
+            dreamed.append(codes[:, t + 1] if t + 1 < context else following)
+            rewards.append(reward)
+    return torch.stack(dreamed, 1), torch.stack(rewards, 1)
+
+
+def fidelity(models, buffer, temperature=1.0, most=256):
+    """Open loop from up to `most` moments of real episodes -> (number of them, list of dicts,
+    one for each of HORIZONS):
+
+    step               k, steps dreamed after the last of 4 observations
+    code_accuracy      share of the 36 codes that are the real observation's own, in step k;
+                       _still: if nothing moved since the last observation
+    pixel_error        root mean square, in grey levels of 0 .. 255, of decoded minus real frame;
+                       _still: the last observation's codes decoded; _codes: the true codes decoded,
+                       what a perfect dynamics would get
+    foreground_error   the same three on what moves (vqvae.py): 0 perfect, 1 background only
+    reward_precision   share of the dream's non-zero rewards in steps 1 .. k that the game paid too,
+                       in the same step with the same sign; None where there were none
+    reward_recall      share of the game's non-zero rewards that the dream paid, likewise
+    rewards_real, rewards_dreamed   how many there were
+
+    Raises UserError if no episode is long enough.
+    """
+    length, frames = CONTEXT + HORIZONS[-1], torch.from_numpy(buffer.frames[:len(buffer)])
+    starts = np.flatnonzero(buffer.start[:max(0, len(buffer) - length + 1)]
+                            == buffer.start[length - 1:len(buffer)])
+    if not len(starts):
+        raise UserError(f"no episode lasted the {length} steps that --fidelity needs")
+    rows = starts[::-(-len(starts) // most), None] + np.arange(length)               # [n, L]
+    real = encoded(models, buffer)[models.to_device(rows)]                           # [n, L, 6, 6]
+    actions = models.to_device(buffer.actions[rows].astype(np.int64))
+    parts = [open_loop(models, z, a, CONTEXT, temperature)
+             for z, a in zip(real.split(128), actions.split(128))]
+    dreamed, paid = (torch.cat(part) for part in zip(*parts))
+    paid = paid.cpu().long()                                                         # [n, L - 1]
+    true_paid = reward_class(torch.from_numpy(buffer.rewards[rows[:, :-1]])) - 1
+
+    table, still = [], real[:, CONTEXT - 1]
+    still_frames = decoded(models, still)
+    for k in HORIZONS:
+        t = CONTEXT - 1 + k
+        row = {"step": k, "code_accuracy": float((dreamed[:, t] == real[:, t]).float().mean()),
+               "code_accuracy_still": float((still == real[:, t]).float().mean())}
+        truth = frames[rows[:, t]].float() / 255                                     # [n, 96, 96]
+        shown = {"": decoded(models, dreamed[:, t]), "_still": still_frames,
+                 "_codes": decoded(models, real[:, t])}
+        for name, image in shown.items():
+            row["pixel_error" + name] = 255 * float((image - truth).square().mean().sqrt())
+        for name, image in shown.items():
+            row["foreground_error" + name] = float(foreground_error(truth[:, None],
+                                                                    image[:, None]))
+        mine, true = paid[:, CONTEXT - 1:t], true_paid[:, CONTEXT - 1:t]             # [n, k]
+        right = int(((mine == true) & (true != 0)).sum())
+        n_mine, n_true = int((mine != 0).sum()), int((true != 0).sum())
+        table.append(row | {"reward_precision": right / n_mine if n_mine else None,
+                            "reward_recall": right / n_true if n_true else None,
+                            "rewards_real": n_true, "rewards_dreamed": n_mine})
+    return len(rows), table
+
+
+def show_fidelity(args):
+    """--fidelity: plays fresh episodes, dreams along them, prints the table."""
+    models, config, interactions = load_models(args.runs[0], args.device)
+    torch.manual_seed(args.seed)
+    episodes = args.episodes or 4
+    # Up to 2,000 steps of each: more would only cost memory.
+    buffer = record(models, config.game, [args.seed * 10_000 + i for i in range(episodes)], 1.0,
+                    most=2000)
+    moments, rows = fidelity(models, buffer, args.temperature)
+    if args.json:
+        print(json.dumps(rows))
+        return
+    print(f"{args.runs[0]}, preset {config.preset}, seed {config.seed}, after {interactions:,} "
+          f"real interactions\n{moments} moments of {episodes} fresh episodes ({len(buffer):,} "
+          f"steps): {CONTEXT} observations seen, then open loop under the real actions, codes "
+          f"drawn at temperature {args.temperature:g}\n"
+          "still: nothing moves after the last observation seen; codes: the true codes decoded\n")
+    print("      | codes right   | pixel error, grey levels | foreground error      "
+          "| rewards in steps 1 .. step")
+    print(" step | dream   still |  dream    still    codes | dream   still   codes "
+          "| precision  recall  real  dreamed")
+    for r in rows:
+        pixel = "   ".join(f"{r['pixel_error' + part]:6.2f}" for part in ("", "_still", "_codes"))
+        moving = "   ".join(f"{r['foreground_error' + part]:5.3f}"
+                            for part in ("", "_still", "_codes"))
+        precision, recall = ("-" if r[name] is None else f"{r[name]:.3f}"
+                             for name in ("reward_precision", "reward_recall"))
+        print(f"{r['step']:5d} | {r['code_accuracy']:.3f}   {r['code_accuracy_still']:.3f} | "
+              f"{pixel} | {moving} | {precision:>9s}  {recall:>6s}  {r['rewards_real']:4d}  "
+              f"{r['rewards_dreamed']:7d}")
+
+
+
 def judge_one(args):
     """Plays episodes with one run's newest checkpoint, or at random, and prints the scores."""
     if args.random:
@@ -486,13 +650,16 @@ def main(arguments=None):
                         "small-s0; of one the policy plays, of several the results are compared")
     parser.add_argument("--plot", metavar="curves.png",
                         help="draw the learning curves of the runs, a panel for each game")
+    parser.add_argument("--fidelity", action="store_true", help="open loop along fresh real "
+                        "episodes (--episodes, default 4): how long is the dream right?")
     parser.add_argument("--random", action="store_true",
                         help="judge the uniformly random policy instead")
     parser.add_argument("--game", help="the game for --random (default: the run's)")
     parser.add_argument("--episodes", type=int, help="how many to play (default: 32; for several "
                         "runs: none, their stored evaluations are read)")
     parser.add_argument("--parallel", type=int, default=8, help="games played at once")
-    parser.add_argument("--temperature", type=float, default=1.0, help="of the policy's softmax")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the policy's "
+                        "softmax; with --fidelity of the dreamed codes")
     parser.add_argument("--seed", type=int, default=1000,
                         help="of the episodes and the sampled actions")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -513,7 +680,11 @@ def main(arguments=None):
             if args.random or not args.runs:
                 raise UserError("--plot draws the curves of runs: name one or more")
             check_name(args.plot, ".png", ".pdf", ".svg")
-        if len(args.runs) > 1 or args.plot:
+        if args.fidelity and (len(args.runs) != 1 or args.random or args.plot):
+            raise UserError("--fidelity looks into one run: name one run folder")
+        if args.fidelity:
+            show_fidelity(args)
+        elif len(args.runs) > 1 or args.plot:
             judge_many(args)
         else:
             judge_one(args)

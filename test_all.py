@@ -1312,6 +1312,121 @@ def test_plot_draws_figure_4(tmp_path, capsys, monkeypatch):
     assert_main_refuses("nothing to plot", evaluate.main, new, "--plot", picture)
 
 
+def certain_models():
+    """Untrained tiny models whose predictions are certain: sampling is taking the likeliest."""
+    torch.manual_seed(1)
+    models = tiny_models()
+    with torch.no_grad():
+        models.dynamics.code_head.weight *= 1e4
+        models.dynamics.reward_head.linear2.weight *= 1e5
+        models.dynamics.reward_head.linear2.bias.zero_()
+    return models
+
+
+def test_open_loop_dreams_each_stretch_as_if_it_were_alone():
+    """Dream fidelity: 4 observations seen, then every step from the one before, by plain loops."""
+    models = certain_models()
+    codes = torch.randint(128, (5, 9, 6, 6))
+    actions = torch.randint(M, (5, 9))
+    dreamed, rewards = evaluate.open_loop(models, codes, actions)
+    assert dreamed.shape == (5, 9, 6, 6) and rewards.shape == (5, 8)
+    for b in range(5):
+        state, z = models.dynamics.initial_state(1), codes[b:b + 1, 0]
+        for t in range(8):
+            assert torch.equal(dreamed[b, t], z[0])
+            with torch.no_grad():
+                code_logits, reward_logits, state = models.dynamics(
+                    models.vqvae.embed(z), actions[b:b + 1, t], state)
+            assert rewards[b, t] == reward_logits[0].argmax() - 1
+            z = codes[b:b + 1, t + 1] if t + 1 < 4 else code_logits.argmax(1)
+        # train.py's pictures dream one stretch at a time; it is the same dream.
+        torch.testing.assert_close(train.dream_along(models, codes[b], actions[b]), dreamed[b])
+    assert torch.equal(dreamed[:, :4], codes[:, :4]) and (dreamed[:, 4:] != codes[:, 4:]).any()
+    assert len(rewards.unique()) > 1
+
+
+def test_fidelity_figures_against_plain_loops(monkeypatch):
+    """Dream fidelity: accuracy, pixel errors, precision and recall of a made-up dream."""
+    rng = np.random.default_rng(0)
+    models, buffer = tiny_models(), ExperienceBuffer(200)
+    ends = np.zeros(200, bool)
+    ends[[70, 71, 100, 199]] = True            # episodes of 71, 1, 29 and 99 steps
+    buffer.add(rng.integers(0, 256, (200, 96, 96), np.uint8), rng.integers(M, size=200),
+               rng.choice([-3., -1, 0, 0, 0, 2], 200), ends, np.zeros(200, bool))
+    codes = evaluate.encoded(models, buffer, batch=64)
+    assert torch.equal(codes, torch.cat([models.vqvae.encode(torch.from_numpy(
+        buffer.stacked([t]))) for t in range(200)]))
+
+    rows, calls = [], []                       # windows of 54 rows inside one episode
+    for s in range(200 - 54 + 1):
+        if not ends[s:s + 53].any():
+            rows.append(range(s, s + 54))
+
+    def made_up(models, real, actions, context, temperature):
+        first = sum(len(call) for call in calls)
+        mine = torch.tensor([list(w) for w in rows[first:first + len(real)]])
+        assert torch.equal(real, codes[mine])
+        assert torch.equal(actions, torch.from_numpy(buffer.actions[mine].astype(np.int64)))
+        calls.append(mine)
+        dreamed = torch.where(torch.rand(real.shape) < 0.5, real, torch.randint(128, real.shape))
+        return dreamed, torch.randint(-1, 2, (len(real), 53)).float()
+
+    made = []
+    monkeypatch.setattr(evaluate, "open_loop", lambda *a: made.append(made_up(*a)) or made[-1])
+    moments, table = evaluate.fidelity(models, buffer, most=1000)
+    dreamed, paid = (torch.cat(part) for part in zip(*made))
+    assert moments == len(rows) == 18 + 46
+    assert [row["step"] for row in table] == [1, 2, 5, 10, 25, 50]
+    for row in table:
+        k, last = row["step"], 3
+        right = still = square = still_square = codes_square = count = 0
+        hits = mine = true = 0
+        for n, window in enumerate(rows):
+            t = window[last + k]
+            right += int((dreamed[n, last + k] == codes[t]).sum())
+            still += int((codes[window[last]] == codes[t]).sum())
+            frame = buffer.frames[t] / 255.
+            for name, z in (("dream", dreamed[n, last + k]), ("still", codes[window[last]]),
+                            ("codes", codes[t])):
+                error = ((models.vqvae.decode(z[None])[0, -1].numpy() - frame) ** 2).sum()
+                square += error * (name == "dream")
+                still_square += error * (name == "still")
+                codes_square += error * (name == "codes")
+            count += 1
+            for j in range(last, last + k):    # the reward of row j comes with observation j + 1
+                game = np.sign(buffer.rewards[window[j]])
+                mine += int(paid[n, j] != 0)
+                true += int(game != 0)
+                hits += int(game != 0 and paid[n, j] == game)
+        assert row["code_accuracy"] == pytest.approx(right / count / 36)
+        assert row["code_accuracy_still"] == pytest.approx(still / count / 36)
+        for name, sum_ in (("", square), ("_still", still_square), ("_codes", codes_square)):
+            assert row["pixel_error" + name] == pytest.approx(
+                255 * math.sqrt(sum_ / count / 96**2), rel=1e-4)
+        assert (row["rewards_real"], row["rewards_dreamed"]) == (true, mine)
+        assert row["reward_precision"] == pytest.approx(hits / mine)
+        assert row["reward_recall"] == pytest.approx(hits / true)
+        assert row["foreground_error"] > 0
+    with pytest.raises(train.UserError, match="no episode lasted"):
+        short = ExperienceBuffer(30)
+        short.add(*(getattr(buffer, n)[72:101] for n in train.SHARD_ARRAYS))
+        evaluate.fidelity(models, short)
+
+
+def test_recorded_episodes_are_what_was_played():
+    """Held-out real play: actions replayed in the emulator give the frames and rewards recorded."""
+    models = evaluate.RandomPolicy(6, seed=0)
+    buffer = evaluate.record(models, "Pong", [3, 4], 1.0, most=12)
+    assert len(buffer) == 24 and np.flatnonzero(buffer.truncated).tolist() == [11, 23]
+    for first, seed in ((0, 3), (12, 4)):
+        env = AtariEnv("Pong", seed=seed)
+        frame = env.reset()
+        for t in range(first, first + 12):
+            assert np.array_equal(buffer.frames[t], frame)
+            frame, reward, _, _ = env.step(buffer.actions[t])
+            assert buffer.rewards[t] == reward
+
+
 # ----------------------------------------------------------------------------------------------
 # A long run can be trusted: nothing is lost, and resuming changes nothing
 # ----------------------------------------------------------------------------------------------
