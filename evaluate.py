@@ -5,6 +5,8 @@
     python evaluate.py runs/*                            # one table of all runs, Tables 4 and 5
     python evaluate.py runs/* --plot curves.png          # and their learning curves, Figure 4
     python evaluate.py runs/Pong-small-s0 --fidelity     # where does its dream go wrong?
+    python evaluate.py runs/Pong-small-s0 --dream dream.gif    # the dream beside the real game
+    python evaluate.py runs/Pong-small-s0 --video play.gif     # the policy, and what it sees
 
 Protocol, as the paper's (Section 4, and the authors' released code): 32 whole episodes of the final
 policy, actions sampled from its softmax at temperature 1, up to 30 no-ops at reset, no sticky
@@ -596,6 +598,129 @@ def show_fidelity(args):
 
 
 
+# --------------------------------------------------------------------------------------------------
+# See: the dream beside the real game, the policy beside what it sees
+# --------------------------------------------------------------------------------------------------
+
+
+def panel(image, side):
+    """One square of a picture, as a PIL image of side x side pixels.
+
+    image  float [96, 96] in [0, 1]: a frame; or int [6, 6]: codes, as colours with their numbers
+    """
+    import matplotlib
+    from PIL import Image, ImageDraw, ImageFont
+    if image.dtype.kind == "f":
+        pixels = np.rint(255 * np.clip(image, 0, 1)).astype(np.uint8)
+        return Image.fromarray(pixels).convert("RGB").resize((side, side), Image.Resampling.NEAREST)
+    colours = matplotlib.colormaps["nipy_spectral"](image / 127)[..., :3]            # [6, 6, 3]
+    picture = Image.fromarray(np.rint(255 * colours).astype(np.uint8))
+    picture = picture.resize((side, side), Image.Resampling.NEAREST)
+    draw, cell = ImageDraw.Draw(picture), side / len(image)
+    font = ImageFont.load_default(cell / 3)
+    for (i, j), code in np.ndenumerate(image):
+        bright = colours[i, j] @ (0.3, 0.6, 0.1) > 0.5
+        draw.text((cell * (j + 0.5), cell * (i + 0.5)), str(code), anchor="mm", font=font,
+                  fill="black" if bright else "white")
+    return picture
+
+
+def picture(panels, caption, side, upright=False):
+    """Panels [(title, image), ...] side by side (upright: one over the other) and a caption below
+    -> PIL image. Sizes are even and the same for every step.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+    bar, gap, n = 20, 6, len(panels)
+    across, down = (1, n) if upright else (n, 1)
+    page = Image.new("RGB", (across * (side + gap) + gap, down * (side + bar) + bar + gap), "white")
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(12)
+    for i, (title, image) in enumerate(panels):
+        x = gap + (0 if upright else i * (side + gap))
+        y = i * (side + bar) if upright else 0
+        draw.text((x, y + bar - 4), title, anchor="ls", font=font, fill="black")
+        page.paste(panel(image, side), (x, y + bar))
+    draw.text((gap, page.height - 7), caption, anchor="ls", font=font, fill="black")
+    return page
+
+
+def save_pictures(path, steps):
+    """Steps [(panels, caption), ...] -> an animation, .gif, 10 steps a second (the game: 15),
+    or a strip of up to 8 of the steps, .png, from left to right.
+    """
+    from PIL import Image
+    data = io.BytesIO()
+    if pathlib.Path(path).suffix.lower() == ".gif":
+        pages = [picture(panels, caption, side=240) for panels, caption in steps]
+        pages[0].save(data, "GIF", save_all=True, append_images=pages[1:], duration=100, loop=0)
+    else:
+        shown = np.unique(np.linspace(0, len(steps) - 1, 8).round().astype(int))
+        pages = [picture(*steps[i], side=192, upright=True) for i in shown]
+        strip = Image.new("RGB", (sum(page.width for page in pages), pages[0].height), "white")
+        for i, page in enumerate(pages):
+            strip.paste(page, (i * page.width, 0))
+        strip.save(data, "PNG")
+    write_file(path, data.getbuffer())
+
+
+def dream_pictures(models, buffer, names, steps, temperature, rng):
+    """A stretch of the recorded episode in the real game and as the dream goes on from its first 4
+    observations under the same actions -> steps for save_pictures, from the last one seen on.
+
+    names: of the actions. rng: numpy Generator, chooses where the stretch begins.
+    """
+    steps = min(steps, len(buffer) - CONTEXT)
+    if steps < 1:
+        raise UserError("the episode was over before a dream could begin; try another --seed")
+    start = int(rng.integers(len(buffer) - CONTEXT - steps + 1))
+    rows = np.arange(start, start + CONTEXT + steps)
+    actions = models.to_device(buffer.actions[rows].astype(np.int64))
+    real = encoded(models, buffer)[models.to_device(rows)]
+    dreamed, rewards = open_loop(models, real[None], actions[None], CONTEXT, temperature)
+    images, maps = decoded(models, dreamed[0]).numpy(), dreamed[0].cpu().numpy()
+    # The reward r_{t-1} comes with o_t; it is written over the picture of o_t.
+    result, sums = [], np.zeros(2)
+    for t in range(CONTEXT - 1, len(rows)):
+        came = np.zeros(2)
+        if t >= CONTEXT:
+            came[:] = buffer.rewards[rows[t - 1]], float(rewards[0, t - 1])
+        sums += came
+        titles = [f"{name}: reward {r:g}, sum {total:g}" if t >= CONTEXT else f"{name}: start"
+                  for name, r, total in zip(("real", "dream"), came, sums)]
+        panels = [(titles[0], buffer.frames[rows[t]] / 255), (titles[1], images[t]),
+                  ("the dream's codes", maps[t])]
+        result.append((panels, f"step {t - CONTEXT + 1} of {steps}, "
+                               f"action {names[buffer.actions[rows[t]]]}"))
+    return result
+
+
+def video_pictures(models, buffer, names):
+    """The recorded episode -> steps for save_pictures: game, reconstruction and codes."""
+    codes = encoded(models, buffer)
+    images, maps = decoded(models, codes).numpy(), codes.cpu().numpy()
+    scores = np.concatenate([[0], np.cumsum(buffer.rewards[:len(buffer)])])
+    return [([(f"real: score {scores[t]:g}", buffer.frames[t] / 255),
+              ("what the world model sees", images[t]), ("its codes", maps[t])],
+             f"step {t}, action {names[buffer.actions[t]]}") for t in range(len(buffer))]
+
+
+def show_pictures(args):
+    """--dream and --video: plays one real episode and saves pictures of it."""
+    path = args.dream or args.video
+    check_name(path, ".gif", ".png")
+    models, config, _ = load_models(args.runs[0], args.device)
+    names = AtariEnv(config.game).action_meanings
+    torch.manual_seed(args.seed)
+    rng = np.random.default_rng(args.seed)
+    if args.dream:
+        steps = args.steps or 50
+        # The dream begins at a random moment of the first 300 steps or so.
+        buffer = record(models, config.game, [args.seed], 1.0, CONTEXT + steps + 300)
+        save_pictures(path, dream_pictures(models, buffer, names, steps, args.temperature, rng))
+    else:
+        buffer = record(models, config.game, [args.seed], args.temperature, args.steps or 200)
+        save_pictures(path, video_pictures(models, buffer, names))
+
+
 def judge_one(args):
     """Plays episodes with one run's newest checkpoint, or at random, and prints the scores."""
     if args.random:
@@ -652,6 +777,11 @@ def main(arguments=None):
                         help="draw the learning curves of the runs, a panel for each game")
     parser.add_argument("--fidelity", action="store_true", help="open loop along fresh real "
                         "episodes (--episodes, default 4): how long is the dream right?")
+    parser.add_argument("--dream", metavar="dream.gif", help="draw a dream beside the real game "
+                        "under the same actions (.gif, or .png: a strip)")
+    parser.add_argument("--video", metavar="play.gif", help="draw the policy in the real game and "
+                        "what the world model sees (.gif, or .png: a strip)")
+    parser.add_argument("--steps", type=int, help="of --dream (default 50) or --video (200)")
     parser.add_argument("--random", action="store_true",
                         help="judge the uniformly random policy instead")
     parser.add_argument("--game", help="the game for --random (default: the run's)")
@@ -659,7 +789,7 @@ def main(arguments=None):
                         "runs: none, their stored evaluations are read)")
     parser.add_argument("--parallel", type=int, default=8, help="games played at once")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the policy's "
-                        "softmax; with --fidelity of the dreamed codes")
+                        "softmax; with --fidelity and --dream of the dreamed codes")
     parser.add_argument("--seed", type=int, default=1000,
                         help="of the episodes and the sampled actions")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -680,10 +810,16 @@ def main(arguments=None):
             if args.random or not args.runs:
                 raise UserError("--plot draws the curves of runs: name one or more")
             check_name(args.plot, ".png", ".pdf", ".svg")
-        if args.fidelity and (len(args.runs) != 1 or args.random or args.plot):
-            raise UserError("--fidelity looks into one run: name one run folder")
+        looks = [name for name in ("fidelity", "dream", "video") if getattr(args, name)]
+        if looks and (len(args.runs) != 1 or args.random or args.plot or len(looks) > 1):
+            raise UserError(f"--{looks[0]} looks into one run: name one run folder, and neither "
+                            f"--random nor --plot nor a second look")
+        if args.steps is not None and not 1 <= args.steps <= 2000:
+            raise UserError("--steps must lie in 1 .. 2000")
         if args.fidelity:
             show_fidelity(args)
+        elif looks:
+            show_pictures(args)
         elif len(args.runs) > 1 or args.plot:
             judge_many(args)
         else:
