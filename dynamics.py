@@ -24,6 +24,8 @@ Dimension key:  B batch   L observations in a window, L-1 predictions   T steps 
 import argparse
 import time
 
+import gymnasium as gym
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -213,6 +215,94 @@ def dream(dynamics, embed, policy, start_codes, steps=50, temperature=1.0):
     batch = {name: torch.stack(column) for name, column in zip(names, zip(*rows))}
     last = torch.arange(steps, device=device) == steps - 1
     return batch | {"dones": last[:, None].expand(steps, B)}
+
+
+class DreamEnv(gym.vector.VectorEnv):
+    """The dream as an environment for any agent,
+    "as if it were a real Gym environment" (Ha & Schmidhuber, 4.1).
+
+    dynamics     a trained Dynamics
+    vqvae        its .embed turns codes int64 [n, 6, 6] into vectors [n, D, 6, 6]
+    starts       int64 [S, 6, 6]: codes of real observations; every episode begins at a random one,
+                 on whose device everything is computed
+    num_envs     n dreams side by side
+    steps        every episode has so many steps
+    temperature  of the codes, as in `dream`
+
+    Observations are embedded codes, float32 numpy [n, D, 6, 6]; actions int [n] in [0, M); rewards
+    float64 [n] in {-1, 0, 1}. reset(seed=..) decides all that follows; torch's global random
+    numbers stay untouched.
+
+    The last step is *terminated*, not truncated: the paper's agent treats it as the end and adds no
+    value of what would follow (Section 3.4, "Episodic Environments"; the `dones` of `dream`), so
+    that an agent trained here solves the problem that the paper's agent solves. Who prefers to
+    bootstrap finds the last observation in infos["final_obs"].
+
+    All episodes end in the same step, which already returns the observations of the new starts
+    (gymnasium's AutoresetMode.SAME_STEP): no step is wasted, and infos holds "final_obs" and
+    "final_info" with their masks, as gymnasium's own vector environments do.
+
+    Raises ValueError for settings that can't work, gymnasium.error.InvalidAction and ResetNeeded.
+    """
+
+    metadata = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP, "render_modes": []}
+
+    def __init__(self, dynamics, vqvae, starts, num_envs, steps=50, temperature=1.0):
+        starts = torch.as_tensor(starts)
+        if starts.ndim != 3 or not len(starts) or starts.dtype != torch.int64:
+            raise ValueError("starts must be codes, int64 [S, 6, 6], at least one")
+        if num_envs < 1 or steps < 1 or not temperature > 0:
+            raise ValueError("num_envs, steps and temperature must be more than 0")
+        self.dynamics, self.embed, self.starts = dynamics, vqvae.embed, starts
+        self.num_envs, self.steps, self.temperature = num_envs, steps, temperature
+        self.codes, self.generator = None, None
+        self.single_observation_space = gym.spaces.Box(
+            -np.inf, np.inf, tuple(self.embed(starts[:1]).shape[1:]), np.float32)
+        self.single_action_space = gym.spaces.Discrete(dynamics.num_actions)
+        self.observation_space = gym.vector.utils.batch_space(self.single_observation_space,
+                                                              num_envs)
+        self.action_space = gym.vector.utils.batch_space(self.single_action_space, num_envs)
+
+    def reset(self, *, seed=None, options=None):
+        """-> (observations [n, D, 6, 6], {}). Begins n new episodes; no options."""
+        super().reset(seed=seed)
+        if seed is not None or self.generator is None:
+            self.generator = torch.Generator(self.starts.device)
+            self.generator.manual_seed(int(self.np_random.integers(2**62)))
+        self._begin()
+        return self._observations(), {}
+
+    def step(self, actions):
+        """Actions int [n] -> (observations, rewards, terminations, truncations, infos)."""
+        if self.codes is None:
+            raise gym.error.ResetNeeded("call reset before step")
+        actions = np.asarray(actions)
+        # An action that does not exist would enter the dynamics as planes of zeros, unnoticed.
+        if actions.dtype.kind not in "iu" or not self.action_space.contains(actions):
+            raise gym.error.InvalidAction(f"actions must be {self.num_envs} whole numbers in "
+                                          f"[0, {self.dynamics.num_actions})")
+        action = torch.from_numpy(actions.astype(np.int64)).to(self.starts.device)
+        self.codes, reward, self.state = dream_step(
+            self.dynamics, self.embed(self.codes), action, self.state, self.temperature,
+            self.generator)
+        self.elapsed += 1
+        over, infos = self.elapsed == self.steps, {}
+        observations = self._observations()
+        if over:
+            for i, last in enumerate(observations):
+                infos = self._add_info(infos, {"final_obs": last, "final_info": {}}, i)
+            self._begin()
+            observations = self._observations()
+        return (observations, reward.double().cpu().numpy(), np.full(self.num_envs, over),
+                np.zeros(self.num_envs, bool), infos)
+
+    def _begin(self):
+        rows = self.np_random.integers(len(self.starts), size=self.num_envs)
+        self.codes = self.starts[torch.from_numpy(rows).to(self.starts.device)]      # [n, 6, 6]
+        self.state, self.elapsed = self.dynamics.initial_state(self.num_envs), 0
+
+    def _observations(self):
+        return np.ascontiguousarray(self.embed(self.codes).detach().float().cpu().numpy())
 
 
 def main():

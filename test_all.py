@@ -34,12 +34,13 @@ import pytest
 import torch
 import torch._dynamo                           # Adam wants it: here, so that forked children
 import torch.nn.functional as F                # need not import it
+from gymnasium.utils.env_checker import check_env
 
 import evaluate
 import train
 from atari import AtariEnv, ExperienceBuffer, area_matrix
 from convlstm import ConvLSTMCell
-from dynamics import Dynamics, dream, reward_class, sample
+from dynamics import Dynamics, DreamEnv, dream, reward_class, sample
 from ppo import ActorCritic, gae, ppo_loss, ppo_update
 from vqvae import (VQVAE, Codebook, continuous_bernoulli_mean, continuous_bernoulli_nll,
                    foreground_error)
@@ -1425,6 +1426,201 @@ def test_recorded_episodes_are_what_was_played():
             assert np.array_equal(buffer.frames[t], frame)
             frame, reward, _, _ = env.step(buffer.actions[t])
             assert buffer.rewards[t] == reward
+
+
+def test_dream_and_video_pictures(tmp_path, monkeypatch, capsys):
+    """A dream beside the real game under the same actions; the policy and what the model sees."""
+    torch.manual_seed(0)
+    config = train.Config(game="Pong", bf16=False, vqvae_width=0.1, hidden=8, policy_width=0.1)
+    models = train.Models(config, 6)
+    names = AtariEnv("Pong").action_meanings
+    buffer = evaluate.record(models, "Pong", [3], 1.0, most=90)
+    steps = evaluate.dream_pictures(models, buffer, names, 12, 1.0, np.random.default_rng(5))
+    assert len(steps) == 13                    # the last observation seen, and 12 dreamed ones
+    first = next(t for t in range(90) if all(  # where in the episode is it?
+        np.array_equal(buffer.frames[t + i] / 255, steps[i][0][0][1]) for i in range(13)))
+    total = 0
+    for i, (panels, caption) in enumerate(steps):
+        (real, frame), (dreamed, image), (_, codes) = panels
+        assert caption == f"step {i} of 12, action {names[buffer.actions[first + i]]}"
+        again = evaluate.decoded(models, torch.from_numpy(codes)[None])[0]
+        np.testing.assert_allclose(image, again, rtol=1e-5)
+        if i:
+            total += buffer.rewards[first + i - 1]
+            assert real == f"real: reward {buffer.rewards[first + i - 1]:g}, sum {total:g}"
+            assert dreamed.startswith("dream: reward ")
+    seen = torch.from_numpy(steps[0][0][2][1])     # the dream starts at the real codes
+    assert torch.equal(seen, evaluate.encoded(models, buffer)[first])
+
+    steps = evaluate.video_pictures(models, buffer, names)
+    assert len(steps) == 90
+    for t in (0, 50, 89):
+        (score, frame), (_, image), (_, codes) = steps[t][0]
+        assert score == f"real: score {sum(buffer.rewards[:t]):g}"
+        assert np.array_equal(frame, buffer.frames[t] / 255) and steps[t][1].endswith(
+            names[buffer.actions[t]])
+        assert np.array_equal(codes, models.vqvae.encode(torch.from_numpy(
+            buffer.stacked([t])))[0].numpy())
+
+    # The command line: the seed decides every byte; a .png is a strip.
+    monkeypatch.setattr(evaluate, "load_models", lambda folder, device: (models, config, 0))
+    from PIL import Image                      # comes with matplotlib
+    files = {}
+    for name, seed, flag in (("a.gif", 1, "--dream"), ("b.gif", 1, "--dream"),
+                             ("c.gif", 2, "--dream"), ("d.png", 1, "--dream"),
+                             ("e.gif", 1, "--video")):
+        evaluate.main(["run", flag, str(tmp_path / name), "--steps", "9", "--seed", str(seed)])
+        files[name] = (tmp_path / name).read_bytes()
+    assert files["a.gif"] == files["b.gif"] != files["c.gif"]
+    with Image.open(tmp_path / "a.gif") as dream_gif, Image.open(tmp_path / "e.gif") as video:
+        assert (dream_gif.n_frames, video.n_frames) == (10, 9)
+    with Image.open(tmp_path / "d.png") as strip:
+        assert strip.width > 2 * strip.height
+    for saying, arguments in (
+            ("must end in .gif or .png", ("--dream", tmp_path / "a.mp4")),
+            ("there is no folder", ("--video", tmp_path / "no" / "a.gif")),
+            ("one run folder", ("second", "--dream", tmp_path / "a.gif")),
+            ("second look", ("--fidelity", "--dream", tmp_path / "a.gif")),
+            ("--steps must lie", ("--dream", tmp_path / "a.gif", "--steps", 0))):
+        assert_main_refuses(saying, evaluate.main, "run", *arguments)
+
+
+class CountingWorld:
+    """A dynamics made by hand. Codes 0..7 as one-hot vectors; every place moves on by the action,
+    in the n-th step of an episode by n more; action 2 pays 1, action 0 costs 1.
+    """
+
+    num_actions = 3
+
+    def embed(self, codes):
+        return F.one_hot(codes, 8).permute(0, 3, 1, 2).float()
+
+    def initial_state(self, batch):
+        return torch.zeros(batch, dtype=torch.int64)
+
+    def __call__(self, z, action, state):
+        following = (z.argmax(1) + (action + state)[:, None, None]) % 8
+        return 1e6 * self.embed(following), 1e6 * F.one_hot(action, 3).float(), state + 1
+
+
+def test_dream_env_is_a_gymnasium_vector_env():
+    """Ha & Schmidhuber 4.1, "as if it were a real Gym environment", in a world made by hand."""
+    world, n, T = CountingWorld(), 4, 5
+    starts = torch.randint(8, (20, 6, 6), generator=torch.Generator().manual_seed(0))
+    env = DreamEnv(world, world, starts, n, steps=T)
+    assert isinstance(env, gym.vector.VectorEnv) and env.num_envs == n
+    assert env.metadata["autoreset_mode"] == gym.vector.AutoresetMode.SAME_STEP
+    assert env.single_observation_space == gym.spaces.Box(-np.inf, np.inf, (8, 6, 6), np.float32)
+    assert env.single_action_space == gym.spaces.Discrete(3)
+    assert env.observation_space == gym.vector.utils.batch_space(env.single_observation_space, n)
+    assert env.action_space == gym.vector.utils.batch_space(env.single_action_space, n)
+    with pytest.raises(gym.error.ResetNeeded):
+        env.step(np.zeros(n, int))
+
+    observation, info = env.reset(seed=7)
+    env.action_space.seed(7)
+    assert info == {}
+    known, seen_starts = {tuple(s.flatten().tolist()) for s in starts}, []
+    for episode in range(3):
+        codes = observation.argmax(1)
+        for i in range(n):                     # every episode begins at a real observation
+            assert tuple(codes[i].flatten()) in known
+        seen_starts.append(codes)
+        for t in range(T):
+            actions = env.action_space.sample()
+            observation, rewards, terminated, truncated, info = env.step(actions)
+            assert observation in env.observation_space and observation.dtype == np.float32
+            assert rewards.tolist() == (actions - 1).tolist() and rewards.dtype == np.float64
+            codes = (codes + (actions + t)[:, None, None]) % 8
+            # Ends exactly after T steps, as terminal (Section 3.4).
+            assert terminated.tolist() == [t == T - 1] * n and not truncated.any()
+            assert terminated.dtype == truncated.dtype == bool
+            if t < T - 1:
+                assert np.array_equal(observation.argmax(1), codes) and info == {}
+        assert info["_final_obs"].all() and info["_final_info"].all() and info["final_info"] == {}
+        assert np.array_equal(np.stack(info["final_obs"]).argmax(1), codes)
+    assert not np.array_equal(seen_starts[0], seen_starts[1])        # a new start each time
+
+    for wrong in (np.full(n, 3), np.full(n, -1), np.zeros(n + 1, int), np.zeros(n)):
+        with pytest.raises(gym.error.InvalidAction):
+            env.step(wrong)
+    for settings in (dict(num_envs=0), dict(steps=0), dict(temperature=0.0),
+                     dict(starts=starts[:0]), dict(starts=starts[0]), dict(starts=starts.float())):
+        with pytest.raises(ValueError):
+            DreamEnv(**dict(dynamics=world, vqvae=world, starts=starts, num_envs=n) | settings)
+
+    # gymnasium's own statistics understand how it ends.
+    env = gym.wrappers.vector.RecordEpisodeStatistics(DreamEnv(world, world, starts, n, steps=T))
+    env.reset(seed=0)
+    for t in range(2 * T):
+        _, _, _, _, info = env.step(np.full(n, 2))
+        if t % T == T - 1:
+            assert info["episode"]["r"].tolist() == info["episode"]["l"].tolist() == [T] * n
+
+
+@pytest.mark.filterwarnings("ignore:.*A Box observation space")        # codes have no bounds
+def test_dream_env_seeds_decide_everything():
+    """reset(seed) fixes starts and samples; torch's global dice are neither used nor moved."""
+    dynamics, embed, (codes, _, _, _) = small_world(B=5)
+    vqvae = types.SimpleNamespace(embed=embed)
+
+    def play(env, seed):
+        trace = [env.reset(seed=seed)[0]]
+        for t in range(9):
+            trace += env.step(np.array([t % M, 1]))[:2]
+        return trace
+
+    def equal(a, b):
+        return all(np.array_equal(x, y) for x, y in zip(a, b))
+
+    before = torch.get_rng_state()
+    envs = [DreamEnv(dynamics, vqvae, codes[:, 0], 2, steps=4) for _ in range(2)]
+    first = play(envs[0], 3)
+    assert torch.equal(before, torch.get_rng_state())
+    torch.manual_seed(99)
+    assert equal(first, play(envs[1], 3)) and equal(first, play(envs[0], 3))
+    assert not equal(first, play(envs[0], 4))
+    flat = DreamEnv(dynamics, vqvae, codes[:, 0], 2, steps=4, temperature=100.0)
+    assert not equal(first, play(flat, 3))
+
+    class One(gym.Env):                        # gymnasium's checker takes single environments
+        """DreamEnv with one dream, as a gymnasium.Env."""
+
+        def __init__(self):
+            self.envs = DreamEnv(dynamics, vqvae, codes[:, 0], 1, steps=1000)
+            self.observation_space = self.envs.single_observation_space
+            self.action_space = self.envs.single_action_space
+
+        def reset(self, *, seed=None, options=None):
+            super().reset(seed=seed)
+            return self.envs.reset(seed=seed)[0][0], {}
+
+        def step(self, action):
+            observation, *numbers, _ = self.envs.step(np.array([action]))
+            return observation[0], *(value[0].item() for value in numbers), {}
+
+    check_env(One(), skip_render_check=True)
+
+
+def test_dream_env_is_the_dream_of_the_policy():
+    """Section 3.4: `dream` and DreamEnv share one step; equal dice give equal dreams."""
+    dynamics, embed, (codes, _, _, _) = small_world(B=5)
+    policy = ActorCritic(M, code_dim=D, width=0.1)
+    torch.nn.init.normal_(policy.actor.weight)
+    env = DreamEnv(dynamics, types.SimpleNamespace(embed=embed), codes[:, 0], 6, steps=8,
+                   temperature=1.5)
+    observation, _ = env.reset(seed=1)
+    torch.manual_seed(5)
+    expected = dream(dynamics, embed, policy, env.codes, steps=8, temperature=1.5)
+    env.generator.manual_seed(5)               # the dice that `dream` threw, in the same order
+    for t in range(8):
+        assert np.array_equal(observation, embed(expected["codes"][t]).numpy())
+        with torch.no_grad():
+            action = sample(policy(torch.from_numpy(observation))[0], generator=env.generator)
+        observation, rewards, terminated, _, _ = env.step(action.numpy())
+        assert torch.equal(action, expected["actions"][t])
+        assert np.array_equal(rewards, expected["rewards"][t].numpy())
+        assert np.array_equal(terminated, expected["dones"][t].numpy())
 
 
 # ----------------------------------------------------------------------------------------------
