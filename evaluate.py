@@ -178,7 +178,7 @@ def read_run(folder):
     for name in sorted(set(config) | set(expected)) if config else ():
         value, usual = config.get(name), expected.get(name)
         usual = list(usual) if isinstance(usual, tuple) else usual
-        if name not in ("game", "preset", "seed", *MAY_CHANGE) and value != usual:
+        if name not in ("game", "preset", "seed", "out", *MAY_CHANGE) and value != usual:
             changed[name] = value
     return run | {"folder": folder, "changed": changed,
                   "interactions": result.get("interactions", interactions),

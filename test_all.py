@@ -1146,6 +1146,7 @@ def made_up_run(out, game, seed, scores, preset="small", rows=3, **changed):
     folder = out / f"{game}-{preset}-s{seed}-{len(changed)}"
     folder.mkdir(parents=True)
     settings = train.PRESETS[preset] | {"game": game, "preset": preset, "seed": seed} | changed
+    settings |= {"out": str(out), "eval_episodes": seed}             # no reason not to be averaged
     config = dataclasses.asdict(train.Config(**settings))
     (folder / "config.json").write_text(json.dumps(config))
     train.write_table(folder / "metrics.csv", train.METRICS, [
