@@ -118,7 +118,7 @@ def read_json(path):
     """The object in a JSON file; UserError if it can't be read or is none."""
     try:
         value = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise UserError(f"{path} is damaged or cannot be read")
@@ -134,7 +134,8 @@ def read_curve(folder):
         with open(path, newline="") as file:
             rows = [{name: float(text) for name, text in row.items() if text}
                     for row in csv.DictReader(file)]
-        if all({"iteration", "interactions"} <= set(row) for row in rows):
+        if all({"iteration", "interactions"} <= set(row) and all(map(math.isfinite, row.values()))
+               and ("real_return" in row) == ("real_episodes" in row) for row in rows):
             return rows
     except (OSError, ValueError, TypeError, AttributeError, csv.Error):
         pass
@@ -166,7 +167,7 @@ def read_run(folder):
              and type(run["seed"]) is int)
     if result:
         whole &= (isinstance(returns, list) and len(returns) > 0
-                  and all(type(r) in (int, float) and math.isfinite(r) for r in returns)
+                  and all(type(r) in (int, float) and abs(r) < 1e12 for r in returns)
                   and type(result.get("interactions")) is int)
     if not whole:
         raise UserError(f"{evaluation if result else settings} is damaged or of another version")
@@ -279,6 +280,7 @@ def table(groups):
 
     for group in groups:
         row, rows = summary(group), group[0]["rows"]
+        preset = variant(row)
         ours = [with_std(row["mean"], row["std"]), figure(row["median"]), figure(row["best"]),
                 "-" if row["human_normalised"] is None else f"{row['human_normalised']:.3f}"]
         if not row["finished"]:
@@ -291,7 +293,7 @@ def table(groups):
                 f"{group[0]['folder']} stopped early or still runs: in round "
                 f"{rows[-1]['iteration'] if rows else 1:.0f} of {group[0]['rounds']}; {last}")
         _, _, paper, simple, ppo = PUBLISHED.get(row["game"], [None, None] + [[None] * 4] * 3)
-        body.append([row["game"], variant(row), ",".join(map(str, row["seeds"])),
+        body.append([row["game"], preset, ",".join(map(str, row["seeds"])),
                      str(row["episodes"] or "-"), f"{row['interactions']:,}", *ours,
                      with_std(*paper[:2]), *map(figure, paper[2:]),
                      with_std(*simple[:2]), *map(figure, simple[2:]), with_std(*ppo[:2])])

@@ -1265,14 +1265,16 @@ def test_judge_refuses_what_it_cannot_trust(tmp_path, capsys):
     whole = json.loads(path.read_text())
     for text in ("", "[1]", '"x"', "{", json.dumps(whole | {"returns": []}),
                  json.dumps(whole | {"returns": [float("nan")]}),
-                 json.dumps(whole | {"returns": ["3"]}),
+                 json.dumps(whole | {"returns": ["3"]}), "[" * 100_000,
+                 json.dumps(whole | {"returns": [10**400]}),
                  json.dumps(whole | {"interactions": None})):
         path.write_text(text)
         refuses("is damaged", other)
     path.write_text(json.dumps(whole | {"seed": 7}))
     refuses("belongs to another run", other)
     path.write_text(json.dumps(whole))
-    for text in ("iteration,interactions\n1,abc\n", "a,b\n1,2\n", "iteration\n1,2,3\n"):
+    for text in ("iteration,interactions\n1,abc\n", "a,b\n1,2\n", "iteration\n1,2,3\n",
+                 "iteration,interactions\n1,inf\n", "iteration,interactions,real_return\n1,2,3\n"):
         (other / "metrics.csv").write_text(text)
         refuses("metrics.csv is damaged", other)
     (other / "metrics.csv").unlink()           # may be missing: the scores are elsewhere
