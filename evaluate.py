@@ -27,9 +27,9 @@ import numpy as np
 import torch
 
 from atari import AtariEnv, ExperienceBuffer
-from dynamics import dream_step, reward_class
+from dynamics import reward_class
 from train import (MAY_CHANGE, PRESETS, PROTOCOL, Config, Models, UserError, check, config_from,
-                   newest_checkpoint, play_episodes, write_atomically)
+                   newest_checkpoint, open_loop, play_episodes, write_atomically)
 from vqvae import foreground_error
 
 # Published: scores of a random policy and a human (Mnih et al., 2015, as the Atari 100K benchmark
@@ -486,30 +486,6 @@ def decoded(models, codes, batch=64):
     """
     with models.autocast():
         return torch.cat([models.vqvae.decode(z)[:, -1].float().cpu() for z in codes.split(batch)])
-
-
-@torch.no_grad()
-def open_loop(models, codes, actions, context=CONTEXT, temperature=1.0):
-    """Dreams along real stretches, all of them side by side, under the real actions.
-
-    codes    int64 [B, L, 6, 6]; the first `context` are seen, the others only give the length
-    actions  int64 [B, L]
-    -> dreamed codes [B, L, 6, 6] (the first `context` are the real ones), rewards [B, L - 1] in
-       {-1, 0, 1}; both sampled, each step from the dreamed codes of the one before
-
-        t          0    1    2    3  |  4    5   ..  53       context 4, L = 54
-        codes    z_0  z_1  z_2  z_3  | z^_4 z^_5 .. z^_53     z^_4 is dreamed step 1, z^_53 step 50
-        rewards  r^_0 r^_1 r^_2 r^_3   r^_4 ..  r^_52         r^_3 comes with z^_4: step 1
-    """
-    state, dreamed, rewards = models.dynamics.initial_state(len(codes)), [codes[:, 0]], []
-    with models.autocast():
-        for t in range(codes.shape[1] - 1):
-            z = models.vqvae.embed(dreamed[t])
-            following, reward, state = dream_step(models.dynamics, z, actions[:, t], state,
-                                                  temperature)
-            dreamed.append(codes[:, t + 1] if t + 1 < context else following)
-            rewards.append(reward)
-    return torch.stack(dreamed, 1), torch.stack(rewards, 1)
 
 
 def fidelity(models, buffer, temperature=1.0, most=256):

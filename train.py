@@ -37,7 +37,7 @@ import torch
 from tqdm import tqdm
 
 from atari import AtariEnv, ExperienceBuffer
-from dynamics import Dynamics, dream, sample
+from dynamics import Dynamics, dream, dream_step, sample
 from ppo import ActorCritic, ppo_update
 from vqvae import VQVAE, foreground_error, foreground_weight
 
@@ -984,20 +984,27 @@ def progress_picture(run):
 
 
 @torch.no_grad()
-def dream_along(models, codes, actions, context=4):
-    """Open loop: codes int64 [L, 6, 6] and actions int64 [L] of a real episode
-    -> dreamed codes [L, 6, 6].
+def open_loop(models, codes, actions, context=4, temperature=1.0):
+    """Dreams along real stretches, all of them side by side, under the real actions.
 
-    The first `context` are the real ones; from there on each is drawn from the prediction of the
-    one before, under the real actions.
+    codes    int64 [B, L, 6, 6]; the first `context` are seen, the others only give the length
+    actions  int64 [B, L]
+    -> dreamed codes [B, L, 6, 6] (the first `context` are the real ones), rewards [B, L - 1] in
+       {-1, 0, 1}; both sampled, each step from the dreamed codes of the one before
+
+        t          0    1    2    3  |  4    5   ..  53       context 4, L = 54
+        codes    z_0  z_1  z_2  z_3  | z^_4 z^_5 .. z^_53     z^_4 is dreamed step 1, z^_53 step 50
+        rewards  r^_0 r^_1 r^_2 r^_3   r^_4 ..  r^_52         r^_3 comes with z^_4: step 1
     """
-    state, dreamed = models.dynamics.initial_state(1), [codes[0]]
+    state, dreamed, rewards = models.dynamics.initial_state(len(codes)), [codes[:, 0]], []
     with models.autocast():
-        for t in range(len(codes) - 1):
-            logits, _, state = models.dynamics(models.vqvae.embed(dreamed[t][None]),
-                                               actions[t:t + 1], state)
-            dreamed.append(codes[t + 1] if t + 1 < context else sample(logits)[0])
-    return torch.stack(dreamed)
+        for t in range(codes.shape[1] - 1):
+            z = models.vqvae.embed(dreamed[t])
+            following, reward, state = dream_step(models.dynamics, z, actions[:, t], state,
+                                                  temperature)
+            dreamed.append(codes[:, t + 1] if t + 1 < context else following)
+            rewards.append(reward)
+    return torch.stack(dreamed, 1), torch.stack(rewards, 1)
 
 
 @torch.no_grad()
@@ -1027,7 +1034,7 @@ def world_model_picture(run):
     with run.other_dice(int(rows[0])), models.autocast():
         codes = models.vqvae.encode(models.to_device(buffer.stacked(rows)))
         actions = models.to_device(buffer.actions[rows].astype(np.int64))
-        dreamed = dream_along(models, codes, actions, context)
+        dreamed = open_loop(models, codes[None], actions[None], context)[0][0]
         images = [models.vqvae.decode(z)[:, -1].cpu().numpy() for z in (codes, dreamed)]
 
     shown = list(range(0, length, every))
