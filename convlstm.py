@@ -89,7 +89,7 @@ def bouncing_balls(batch, steps, size=12):
 def main():
     parser = argparse.ArgumentParser(description="A ConvLSTM cell learns to predict "
                                                  "a bouncing ball.")
-    parser.add_argument("--updates", type=int, default=600)
+    parser.add_argument("--updates", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="convlstm_ball.png")
     args = parser.parse_args()

@@ -308,7 +308,7 @@ class DreamEnv(gym.vector.VectorEnv):
 def main():
     parser = argparse.ArgumentParser(description="Learn the dynamics of a small world "
                                                  "made of codes.")
-    parser.add_argument("--updates", type=int, default=500)
+    parser.add_argument("--updates", type=int, default=900)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
@@ -346,7 +346,7 @@ def main():
     for update in range(1, args.updates + 1):
         context = L if update < 0.6 * args.updates else 2
         for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * (1 - 0.95 * update / args.updates)
+            group["lr"] = 3e-3 * (1 - 0.95 * update / args.updates)
         loss, parts = dynamics.loss(*play(B, L), ends, embed, context)
         optimizer.zero_grad()
         loss.backward()

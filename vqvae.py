@@ -431,7 +431,7 @@ def random_frames(game, steps, seed):
 def main():
     parser = argparse.ArgumentParser(description="Learn a VQ-VAE of an Atari game, save pictures.")
     parser.add_argument("--game", default="Pong")
-    parser.add_argument("--seconds", type=float, default=100, help="of training")
+    parser.add_argument("--seconds", type=float, default=90, help="of training")
     parser.add_argument("--steps", type=int, default=3000, help="random steps to learn from")
     parser.add_argument("--width", type=float, default=0.5, help="hidden channels, times")
     parser.add_argument("--seed", type=int, default=0)
