@@ -476,7 +476,7 @@ class Run:
             raise UserError(f"the checkpoint does not fit its own settings "
                             f"({reason[0][:80]})") from None
         for shard in self.shards:
-            self.buffer.add(**read_shard(self.folder, shard))
+            self.buffer.add(*read_shard(self.folder, shard))
 
     def save(self):
         """Experience first, then the checkpoint that names it.
@@ -656,7 +656,7 @@ def write_table(path, columns, rows):
     write_atomically(path, text.getvalue().encode())
 
 
-SHARD_ARRAYS = ("frames", "actions", "rewards", "terminated", "truncated")
+SHARD_ARRAYS = ("frames", "actions", "rewards", "terminated", "truncated")  # as add() takes them
 
 
 def make_shard(buffer, start, number):
@@ -670,7 +670,7 @@ def make_shard(buffer, start, number):
 
 
 def read_shard(folder, shard):
-    """Arrays of one shard, refused unless every bit is as it was written."""
+    """The SHARD_ARRAYS of one shard, refused unless every bit is as it was written."""
     path = folder / shard["file"]
     try:
         data = path.read_bytes()
@@ -680,8 +680,7 @@ def read_shard(folder, shard):
     if hashlib.sha256(data).hexdigest() != shard["sha256"]:
         raise UserError(f"{path} was altered: its SHA-256 is not the one in the checkpoint")
     with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-        return {{"frames": "frame", "actions": "action", "rewards": "reward"}.get(n, n): arrays[n]
-                for n in SHARD_ARRAYS}
+        return [arrays[name] for name in SHARD_ARRAYS]
 
 
 # Columns of metrics.csv. Averages are over all updates of the stage.
@@ -711,17 +710,22 @@ METRICS = {
 TIMES = ("iteration", *STAGES, "peak_mb")       # seconds of each stage; peak memory of the process
 
 
+def batches_per_epoch(config, rows):
+    """Full batches of windows in one pass over so many rows, whatever the windows' offset."""
+    return (rows - config.window + 1) // config.window // config.dynamics_batch
+
+
 def work(config, iteration):
     """Units of work of each stage in one iteration: steps, updates, updates, updates, episodes."""
     first = iteration == 0
     rows = config.first_interactions + iteration * config.interactions
-    batches = (rows - config.window + 1) // config.window // config.dynamics_batch
     last = iteration == config.iterations - 1
     return {
         "collect": config.first_interactions if first else config.interactions,
         "warm_up": round(config.scale * config.warmup_epochs *
                          (config.first_interactions // config.warmup_batch)) if first else 0,
-        "world_model": round(config.scale * config.world_model_epochs[iteration] * batches),
+        "world_model": round(config.scale * config.world_model_epochs[iteration]
+                             * batches_per_epoch(config, rows)),
         "policy": round(config.scale * config.ppo_updates[iteration]),
         "evaluate": config.final_episodes if last else config.eval_episodes,
     }
@@ -744,7 +748,7 @@ def collect(run):
     rng = run.numpy_rng()
     frame = run.env.reset(seed=int(rng.integers(2**31)))
     start, stack, score, returns = len(run.buffer), np.stack([frame] * 4), 0.0, []
-    steps, hold = c.first_interactions if run.iteration == 0 else c.interactions, 0
+    steps, hold = work(c, run.iteration)["collect"], 0
     for step in tqdm(range(steps), desc=run.label(), leave=False, unit=" steps",
                      disable=not sys.stderr.isatty(), dynamic_ncols=True):
         if run.iteration == 0:
@@ -811,7 +815,7 @@ def learn_world_model(run):
     """Dynamics on windows of real experience; the VQ-VAE, slowed down, in every third step."""
     c, buffer, order = run.config, run.buffer, None
     ends, run.models.background = buffer.ends, background(run)
-    per_epoch = (len(buffer) - c.window + 1) // c.window // c.dynamics_batch
+    per_epoch = batches_per_epoch(c, len(buffer))
     total = work(c, run.iteration)["world_model"]
     for update in run.updates(total):
         epoch, batch = divmod(update, per_epoch)
