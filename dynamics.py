@@ -185,7 +185,7 @@ def dream_step(dynamics, z, action, state, temperature=1.0, generator=None):
 
 
 @torch.no_grad()
-def dream(dynamics, embed, policy, start_codes, steps=50, temperature=1.0):
+def dream(dynamics, embed, policy, start_codes, steps=50, temperature=1.0, bootstrap=False):
     """Imagined experience: the only experience the policy is ever trained on (Section 3.4).
 
     start_codes  int64 [B, 6, 6]: codes of real observations, drawn at random from all that was
@@ -195,10 +195,13 @@ def dream(dynamics, embed, policy, start_codes, steps=50, temperature=1.0):
     steps        T = 50; then every dreamed episode ends, since the model does not predict ends
     temperature  above 1 the next codes are drawn from a flatter distribution
                  (Ha & Schmidhuber, Table 2)
+    bootstrap    True: the dream is only cut short after T steps; what would have followed is worth
+                 the policy's own value of the codes reached
 
     Returns a dict of tensors with time first: codes [T, B, 6, 6], actions [T, B],
     log_probs [T, B], values [T, B], rewards float [T, B] in {-1, 0, 1},
-    dones bool [T, B] (true in the last row only).
+    dones bool [T, B] (true in the last row only, with bootstrap nowhere); and last_value [B], the
+    value after the last row (without bootstrap 0).
     """
     B, device = len(start_codes), start_codes.device
     codes, state, rows = start_codes, dynamics.initial_state(B), []
@@ -214,7 +217,11 @@ def dream(dynamics, embed, policy, start_codes, steps=50, temperature=1.0):
     names = ("codes", "actions", "log_probs", "values", "rewards")
     batch = {name: torch.stack(column) for name, column in zip(names, zip(*rows))}
     last = torch.arange(steps, device=device) == steps - 1
-    return batch | {"dones": last[:, None].expand(steps, B)}
+    if bootstrap:
+        last, last_value = torch.zeros_like(last), policy(embed(codes))[1].float()
+    else:
+        last_value = torch.zeros(B, device=device)
+    return batch | {"dones": last[:, None].expand(steps, B), "last_value": last_value}
 
 
 class DreamEnv(gym.vector.VectorEnv):

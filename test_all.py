@@ -705,8 +705,9 @@ def test_dream():
     handle.remove()
     assert torch.equal(batch["codes"][0], codes[:, 0])
     assert batch["codes"].shape == (12, 5, 6, 6)
-    assert all(batch[k].shape == (12, 5) for k in set(batch) - {"codes"})
+    assert all(batch[k].shape == (12, 5) for k in set(batch) - {"codes", "last_value"})
     assert batch["dones"][-1].all() and not batch["dones"][:-1].any()
+    assert torch.equal(batch["last_value"], torch.zeros(5))
     assert set(batch["rewards"].unique().tolist()) == {-1, 0, 1}
     assert not any(v.requires_grad for v in batch.values())
     # Actions, log-probabilities and values are the policy's on the codes of the same row (Eq. 8).
@@ -724,6 +725,13 @@ def test_dream():
     torch.manual_seed(3)
     again = dream(dynamics, embed, policy, codes[:, 0], steps=12)
     assert all(torch.equal(batch[k], again[k]) for k in batch)       # the seed decides everything
+    # Cut short, not ended: the same dream, with the value of the 13th codes in place of an end.
+    torch.manual_seed(3)
+    cut = dream(dynamics, embed, policy, codes[:, 0], steps=12, bootstrap=True)
+    torch.manual_seed(3)
+    longer = dream(dynamics, embed, policy, codes[:, 0], steps=13)
+    assert not cut["dones"].any() and torch.equal(cut["codes"], batch["codes"])
+    torch.testing.assert_close(cut["last_value"], longer["values"][12])
 
 
 def test_dream_draws_codes_and_rewards_from_the_predictions():
@@ -944,6 +952,45 @@ def test_an_epoch_covers_every_window_once():
     config = dataclasses.replace(config, reward_windows=0.5)
     order = train.epoch_of_windows(buffer, config, 5, np.random.default_rng(1))
     assert (buffer.rewards[order[:, :2, :-1]] != 0).any(2).all()     # half of each batch
+
+
+def test_random_actions_of_round_1_are_uniform_or_prefer_some_for_a_while():
+    """Section 3.4, "random policy"; with random_segment the odds are uneven and change."""
+    def shares(**settings):
+        config = train.Config(first_interactions=3000, interactions=100, **settings)
+        frame = np.zeros((96, 96), np.uint8)
+        env = types.SimpleNamespace(num_actions=3, reset=lambda seed=None: frame,
+                                    step=lambda action: (frame, 0.0, False, False))
+        run = types.SimpleNamespace(
+            config=config, env=env, buffer=ExperienceBuffer(3000), iteration=0, shards=[],
+            rates={}, stop_signal=None, label=str, add_time=lambda begun: None,
+            numpy_rng=lambda: np.random.default_rng(0), finish_stage=lambda *a, **k: None)
+        train.collect(run)
+        actions = run.buffer.actions[:3000].reshape(30, 100, 1)
+        return (actions == np.arange(3)).mean(1)                                 # [30, 3]
+
+    uniform, uneven = shares(), shares(random_segment=100)
+    assert uniform.max() < 0.55 and np.allclose(uniform.mean(0), 1 / 3, atol=0.04)
+    assert np.median(uneven.max(1)) > 0.6 and set(uneven.argmax(1)) == {0, 1, 2}
+
+
+def test_dreams_start_anywhere_or_shortly_before_rewards():
+    """train.py, dream_starts: without rewards, or with a share of 0, uniformly."""
+    config = train.Config(dreams=4000, dream_steps=3, reward_starts=0.25)
+    buffer = ExperienceBuffer(100)
+    frame = np.zeros((96, 96), np.uint8)
+    for t in range(50):
+        buffer.add(frame, 0, {1: 7.0, 30: -2.0, 40: 0.4}.get(t, 0.0), False, False)
+    rows = train.dream_starts(buffer, config, np.random.default_rng(0))
+    near, anywhere = rows[:1000], rows[1000:]
+    assert set(near) == {0, 1, 28, 29, 30}      # 0.4 counts as no reward, as for the dynamics
+    assert np.isclose(np.mean(near >= 28), 0.5, atol=0.06)
+    assert set(anywhere) == set(range(50))
+    config.reward_starts = 0.0
+    assert set(train.dream_starts(buffer, config, np.random.default_rng(0))[:1000]) > set(near)
+    buffer.rewards[:] = 0
+    config.reward_starts = 0.25
+    assert set(train.dream_starts(buffer, config, np.random.default_rng(0))) == set(range(50))
 
 
 def test_the_vqvae_learns_only_in_its_own_updates():

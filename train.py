@@ -72,7 +72,7 @@ class Config:
     iterations: int = setting(15, "rounds of collect, world model, policy (paper 3.4)")
     first_interactions: int = setting(12_800, "4-frame steps in round 1, random policy (paper 3.4)")
     interactions: int = setting(6_400, "steps in every later round (paper 3.4)")
-    random_hold: int = setting(1, "second half of round 1: hold actions up to so many steps (ours)")
+    random_segment: int = setting(0, "round 1: other odds of the actions every n steps, if n (ours)")
     collect_temperature: float = setting(1.5, "softmax temperature when collecting (released)")
 
     # Observation model (Section 3.3, "Latent Representations")
@@ -107,6 +107,8 @@ class Config:
     policy_width: float = setting(1.0, "hidden units, times (paper, Table 3)")
     dreams: int = setting(16, "dreams side by side (released)")
     dream_steps: int = setting(50, "steps until every dream ends (paper 3.4)")
+    bootstrap: bool = setting(False, "a dream's last step is not its end: add its value (ours)")
+    reward_starts: float = setting(0.0, "share of dreams from shortly before a real reward (ours)")
     ppo_updates: tuple = setting(
         (1000,) * 7 + (2000,) + (1000,) * 3 + (2000,) + (1000,) * 2 + (3000,),
         "rollouts and PPO updates in each round (released)")
@@ -130,12 +132,13 @@ class Config:
 PRESETS = {
     "paper": {},
     "small": dict(
-        random_hold=32, vqvae_width=0.5, warmup_epochs=7, warmup_batch=12, warmup_lr_end=1e-4,
+        random_segment=128, vqvae_width=0.5, warmup_epochs=7, warmup_batch=12, warmup_lr_end=1e-4,
         foreground=40, commitment=50, revive_codes=True, vqvae_batch=16,
         hidden=32, dynamics_batch=8, dynamics_lr=3e-3, dynamics_lr_end=2e-4, teacher=0.7,
         reward_windows=0.25, world_model_epochs=(
-            11, 2.75, 2.06, 1.65, 1.38, 1.18, 1.03, 0.92, 0.83, 0.75, 0.69, 0.64, 0.59, 0.55, 0.52),
-        policy_width=0.25, dreams=64, ppo_updates=(110,) * 15, policy_lr=5e-4, clip=0.2,
+            12, 3.67, 2.75, 2.2, 1.83, 1.57, 1.38, 1.22, 1.1, 1, 0.92, 0.85, 0.79, 0.73, 0.69),
+        policy_width=0.25, dreams=200, dream_steps=16, bootstrap=True, reward_starts=0.25,
+        ppo_updates=(60,) * 15, policy_lr=5e-4, clip=0.2,
         value_clip=1e9, eval_episodes=4),
     "smoke": dict(
         iterations=2, first_interactions=400, interactions=200,
@@ -167,7 +170,7 @@ def check(config):
     for name in ("iterations", "interactions", "warmup_batch", "vqvae_every", "vqvae_batch",
                  "hidden", "dynamics_batch", "dreams", "dream_steps", "ppo_epochs",
                  "final_episodes", "vqvae_width", "policy_width", "collect_temperature",
-                 "eval_temperature", "scale", "random_hold", "checkpoint_minutes", "max_logit"):
+                 "eval_temperature", "scale", "checkpoint_minutes", "max_logit"):
         if getattr(config, name) <= 0:
             raise UserError(f"--{name} must be more than 0")
     if config.window < 2 or config.context < 1 or config.minibatch < 2:
@@ -296,13 +299,12 @@ class Models:
         c = self.config
         with self.autocast():
             rollout = dream(self.dynamics, self.vqvae.embed, self.policy, self.vqvae.encode(x),
-                            c.dream_steps)
+                            c.dream_steps, bootstrap=c.bootstrap)
             T, B = rollout["actions"].shape
             observations = self.vqvae.embed(rollout["codes"].flatten(0, 1)).unflatten(0, (T, B))
         with self.autocast(cache=False):
-            # The last step is terminal, so no value follows it.
             parts = ppo_update(self.policy, self.optimizers["policy"], observations, rollout,
-                               torch.zeros(B, device=self.device), c.gamma, c.lam, c.ppo_epochs,
+                               rollout["last_value"], c.gamma, c.lam, c.ppo_epochs,
                                c.minibatch, c.max_grad_norm, clip=c.clip, value_clip=c.value_clip,
                                value_coef=c.value_coef, entropy_coef=c.entropy_coef)
         return parts | {"dream_return": rollout["rewards"].sum(0).mean()}
@@ -748,17 +750,15 @@ def collect(run):
     rng = run.numpy_rng()
     frame = run.env.reset(seed=int(rng.integers(2**31)))
     start, stack, score, returns = len(run.buffer), np.stack([frame] * 4), 0.0, []
-    steps, hold = work(c, run.iteration)["collect"], 0
+    steps, M = work(c, run.iteration)["collect"], run.env.num_actions
     for step in tqdm(range(steps), desc=run.label(), leave=False, unit=" steps",
                      disable=not sys.stderr.isatty(), dynamic_ncols=True):
         if run.iteration == 0:
-            # Uniformly random. Single random steps never cross Freeway's road: in the second half
-            # of the round an action may be held for 1, 2, 4, .. steps.
-            if hold == 0:
-                action = int(rng.integers(run.env.num_actions))
-                longest = c.random_hold if step >= steps // 2 else 1
-                hold = 2 ** int(rng.integers(longest.bit_length()))
-            hold -= 1
+            # Uniformly random. That never crosses Freeway's road: with random_segment the odds are
+            # uneven, a few actions preferred, and drawn anew every so many steps.
+            if c.random_segment and step % c.random_segment == 0:
+                odds = rng.dirichlet(np.full(M, 0.3))
+            action = int(rng.choice(M, p=odds) if c.random_segment else rng.integers(M))
         else:
             action = int(run.models.act(stack[None], c.collect_temperature)[0])
         next_frame, reward, terminated, truncated = run.env.step(action)
@@ -855,11 +855,24 @@ def epoch_of_windows(buffer, config, batches, rng):
     return order
 
 
+def dream_starts(buffer, config, rng):
+    """Rows of the observations in which the dreams start, int64 [dreams]: drawn from all of them;
+    with reward_starts > 0 that share from the last `dream_steps` before a real reward.
+    """
+    rows = rng.integers(len(buffer), size=config.dreams)
+    rewarded = np.flatnonzero(np.round(np.clip(buffer.rewards[:len(buffer)], -1, 1)))
+    near = round(config.reward_starts * config.dreams)
+    if near and len(rewarded):
+        before = rng.integers(config.dream_steps, size=near)
+        rows[:near] = np.maximum(rewarded[rng.integers(len(rewarded), size=near)] - before, 0)
+    return rows
+
+
 def learn_policy(run):
-    """PPO inside the dream, and nowhere else. Every dream starts at a random real observation."""
+    """PPO inside the dream, and nowhere else."""
     c = run.config
     for update in run.updates(work(c, run.iteration)["policy"]):
-        rows = run.numpy_rng(update).integers(len(run.buffer), size=c.dreams)
+        rows = dream_starts(run.buffer, c, run.numpy_rng(update))
         run.add(run.models.policy_update(run.models.to_device(run.buffer.stacked(rows))), update)
     run.finish_stage("evaluate")
 
