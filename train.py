@@ -252,6 +252,17 @@ class Models:
             tensor = tensor.pin_memory()
         return tensor.to(self.device, non_blocking=True)
 
+    def observations(self, buffer, rows):
+        """Rows of the buffer, int of any shape [..] -> observations uint8 [.., 4, 96, 96]."""
+        return self.to_device(buffer.stacked(rows))
+
+    def windows(self, buffer, rows):
+        """Rows int [B, L] -> what world_model_update wants: x, actions, rewards, ends."""
+        ends = buffer.terminated[rows] | buffer.truncated[rows]
+        return (self.observations(buffer, rows),
+                self.to_device(buffer.actions[rows].astype(np.int64)),
+                self.to_device(buffer.rewards[rows]), self.to_device(ends))
+
     def step(self, name, loss):
         self.optimizers[name].zero_grad()
         loss.backward()
@@ -796,7 +807,7 @@ def warm_up(run):
         if batch == 0 or order is None:             # None: resumed in the middle of an epoch
             order = run.numpy_rng(epoch).permutation(len(run.buffer))
         rows = order[batch * c.warmup_batch:(batch + 1) * c.warmup_batch]
-        x = run.models.to_device(run.buffer.stacked(rows))
+        x = run.models.observations(run.buffer, rows)
         # The learning rate falls all the way; the foreground's weight holds for half, then falls.
         done = update / total
         lr = c.warmup_lr + (c.warmup_lr_end - c.warmup_lr) * done
@@ -814,7 +825,7 @@ def background(run):
 def learn_world_model(run):
     """Dynamics on windows of real experience; the VQ-VAE, slowed down, in every third step."""
     c, buffer, order = run.config, run.buffer, None
-    ends, run.models.background = buffer.ends, background(run)
+    run.models.background = background(run)
     per_epoch = batches_per_epoch(c, len(buffer))
     total = work(c, run.iteration)["world_model"]
     for update in run.updates(total):
@@ -825,15 +836,12 @@ def learn_world_model(run):
         done = update / total
         lr = c.dynamics_lr + (c.dynamics_lr_end - c.dynamics_lr) * done
         context = c.window if done < c.teacher else c.context
-        to_device = run.models.to_device
         vqvae_rows = None
         if update % c.vqvae_every == c.vqvae_every - 1:
             chosen = run.numpy_rng(epoch, batch).permutation(rows.size)[:c.vqvae_batch]
-            vqvae_rows = to_device(chosen)
-        run.add(run.models.world_model_update(
-            to_device(buffer.stacked(rows)), to_device(buffer.actions[rows].astype(np.int64)),
-            to_device(buffer.rewards[rows]), to_device(ends[rows]), lr, context, vqvae_rows),
-            update)
+            vqvae_rows = run.models.to_device(chosen)
+        run.add(run.models.world_model_update(*run.models.windows(buffer, rows), lr, context,
+                                              vqvae_rows), update)
     foreground = world_model_picture(run)
     run.finish_stage("policy", foreground_error=foreground)
 
@@ -860,7 +868,7 @@ def learn_policy(run):
     c = run.config
     for update in run.updates(work(c, run.iteration)["policy"]):
         rows = run.numpy_rng(update).integers(len(run.buffer), size=c.dreams)
-        run.add(run.models.policy_update(run.models.to_device(run.buffer.stacked(rows))), update)
+        run.add(run.models.policy_update(run.models.observations(run.buffer, rows)), update)
     run.finish_stage("evaluate")
 
 
@@ -1064,33 +1072,42 @@ def world_model_picture(run):
     return foreground
 
 
-def stage_jobs(config, models):
-    """One unit of work of each stage on made-up data: {name: (calls per measurement, function)}.
+def made_up_buffer(rows):
+    """An ExperienceBuffer full of noise."""
+    rng, buffer = np.random.default_rng(0), ExperienceBuffer(rows)
+    for _ in range(0, rows, 400):
+        n = min(400, rows - len(buffer))
+        buffer.add(rng.integers(0, 256, (n, 96, 96), dtype=np.uint8), 0, 0.0, np.arange(n) == 0,
+                   False)
+    return buffer
+
+
+def stage_jobs(config, models, buffer):
+    """One unit of work of each stage on random rows: {name: (calls per measurement, function)}.
 
     collect is one step of one environment, evaluate one step of eight; world_model leaves the
     VQ-VAE alone, world_model+vqvae updates it too, as every third update does.
     """
-    rng = np.random.default_rng(0)
+    c, rng = config, np.random.default_rng(0)
 
-    def frames(*shape):
-        return rng.integers(0, 256, (*shape, 4, 96, 96), dtype=np.uint8)
+    def observations(*shape):
+        return models.observations(buffer, rng.integers(len(buffer), size=shape))
 
-    B, L, device = config.dynamics_batch, config.window, models.device
-    windows = (models.to_device(frames(B, L)), torch.zeros(B, L, dtype=torch.int64, device=device),
-               torch.zeros(B, L, device=device), torch.zeros(B, L, dtype=torch.bool, device=device))
-    rows = torch.arange(min(config.vqvae_batch, B * L), device=device)
-    batch, starts = (models.to_device(frames(config.warmup_batch)),
-                     models.to_device(frames(config.dreams)))
-    one, eight, lr = frames(1), frames(8), config.warmup_lr
+    def world_model(vqvae_rows=None):
+        starts = rng.integers(len(buffer) - c.window, size=(c.dynamics_batch, 1))
+        windows = models.windows(buffer, starts + np.arange(c.window))
+        models.world_model_update(*windows, c.dynamics_lr, c.context, vqvae_rows)
+
+    size = c.dynamics_batch * c.window
+    chosen = models.to_device(rng.permutation(size)[:c.vqvae_batch])
     return {
-        "collect": (20, lambda: models.act(one, 1.0)),
-        "warm_up": (2, lambda: models.vqvae_update(batch, lr, config.foreground,
-                                                   config.revive_codes)),
-        "world_model": (1, lambda: models.world_model_update(*windows, 1e-4, config.context)),
-        "world_model+vqvae": (1, lambda: models.world_model_update(*windows, 1e-4, config.context,
-                                                                   rows)),
-        "policy": (1, lambda: models.policy_update(starts)),
-        "evaluate": (10, lambda: models.act(eight, 1.0)),
+        "collect": (20, lambda: models.act(buffer.stacked([7]), 1.0)),
+        "warm_up": (2, lambda: models.vqvae_update(observations(c.warmup_batch), c.warmup_lr,
+                                                   c.foreground, c.revive_codes)),
+        "world_model": (1, world_model),
+        "world_model+vqvae": (1, lambda: world_model(chosen)),
+        "policy": (1, lambda: models.policy_update(observations(c.dreams))),
+        "evaluate": (10, lambda: models.act(buffer.stacked(np.arange(8)), 1.0)),
     }
 
 
@@ -1105,6 +1122,14 @@ def seconds_per_call(job, calls, device):
         job()
     wait()
     return (time.perf_counter() - begun) / calls
+
+
+def matmul_rate(device, dtype):
+    """GFLOP/s of a large matrix product: what this machine can do at best."""
+    n = 2048 if device.type == "cpu" else 8192
+    a, b = torch.randn(2, n, n, device=device).to(dtype)
+    a @ b
+    return 2 * n**3 / min(seconds_per_call(lambda: a @ b, 1, device) for _ in range(5)) / 1e9
 
 
 def rates_from(seconds, config):
@@ -1123,7 +1148,7 @@ def measure_rates(config, num_actions):
     """A first guess at seconds per unit of work of each stage, in a few seconds."""
     models = Models(config, num_actions)
     seconds = {}
-    for name, (calls, job) in stage_jobs(config, models).items():
+    for name, (calls, job) in stage_jobs(config, models, made_up_buffer(400)).items():
         if name != "policy":
             job()                                   # the first call of each pays for one-time work
         seconds[name] = seconds_per_call(job, calls, models.device)
@@ -1137,15 +1162,12 @@ def benchmark(config):
     from torch.utils.flop_counter import FlopCounterMode
     models = Models(config, AtariEnv(config.game).num_actions)
     device, dtype = models.device, torch.bfloat16 if models.use_bf16 else torch.float32
-    n = 2048 if device.type == "cpu" else 8192
-    a, b = torch.randn(2, n, n, device=device).to(dtype)
-    a @ b
-    rate = 2 * n**3 / min(seconds_per_call(lambda: a @ b, 1, device) for _ in range(5)) / 1e9
+    rate = matmul_rate(device, dtype)
     print(f"{config.game}, preset {config.preset} on {config.device}, {torch.get_num_threads()} "
-          f"threads, {dtype}; {n}x{n} matrix product: {rate:.0f} GFLOP/s")
+          f"threads, {dtype}; large matrix products: {rate:.0f} GFLOP/s")
     print(f"{'one update of':18s} {'GFLOP':>8s} {'ms':>9s} {'GFLOP/s':>8s} {'of matmul':>9s}")
     seconds = {}
-    for name, (calls, job) in stage_jobs(config, models).items():
+    for name, (calls, job) in stage_jobs(config, models, made_up_buffer(2000)).items():
         with FlopCounterMode(display=False) as counter:
             job()
         gflop = counter.get_total_flops() / 1e9
