@@ -191,7 +191,21 @@ def dream_step(dynamics, z, action, state, temperature=1.0, generator=None):
 
 
 @torch.no_grad()
-def dream(dynamics, embed, policy, start_codes, steps=50, temperature=1.0):
+def imagine(dynamics, embed, policy, codes, state, temperature=1.0):
+    """One step of `dream`: the policy acts on codes int64 [B, 6, 6], the model answers
+    -> action [B], its log-probability [B], value [B], reward [B], next codes, next state.
+    """
+    z = embed(codes)
+    action_logits, value = policy(z)
+    action_logits = action_logits.float()
+    action = sample(action_logits)                                               # Eq. 8
+    log_prob = action_logits.log_softmax(1).gather(1, action[:, None])[:, 0]
+    next_codes, reward, state = dream_step(dynamics, z, action, state, temperature)
+    return action, log_prob, value.float(), reward, next_codes, state
+
+
+@torch.no_grad()
+def dream(dynamics, embed, policy, start_codes, steps=50, temperature=1.0, step=imagine):
     """Imagined experience: the only experience the policy is ever trained on (Section 3.4).
 
     start_codes  int64 [B, 6, 6]: codes of real observations, drawn at random from all that was
@@ -201,6 +215,7 @@ def dream(dynamics, embed, policy, start_codes, steps=50, temperature=1.0):
     steps        T = 50; then every dreamed episode ends, since the model does not predict ends
     temperature  above 1 the next codes are drawn from a flatter distribution
                  (Ha & Schmidhuber, Table 2)
+    step         `imagine`, or the same compiled
 
     Returns a dict of tensors with time first: codes [T, B, 6, 6], actions [T, B],
     log_probs [T, B], values [T, B], rewards float [T, B] in {-1, 0, 1},
@@ -209,13 +224,8 @@ def dream(dynamics, embed, policy, start_codes, steps=50, temperature=1.0):
     B, device = len(start_codes), start_codes.device
     codes, state, rows = start_codes, dynamics.initial_state(B), []
     for _ in range(steps):
-        z = embed(codes)
-        action_logits, value = policy(z)
-        action_logits = action_logits.float()
-        action = sample(action_logits)                                           # Eq. 8
-        log_prob = action_logits.log_softmax(1).gather(1, action[:, None])[:, 0]
-        next_codes, reward, state = dream_step(dynamics, z, action, state, temperature)
-        rows.append((codes, action, log_prob, value.float(), reward))
+        *row, next_codes, state = step(dynamics, embed, policy, codes, state, temperature)
+        rows.append((codes, *row))
         codes = next_codes
     names = ("codes", "actions", "log_probs", "values", "rewards")
     batch = {name: torch.stack(column) for name, column in zip(names, zip(*rows))}

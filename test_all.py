@@ -37,6 +37,7 @@ import torch
 import torch._dynamo                           # Adam wants it: here, so that forked children
 import torch.nn.functional as F                # need not import it
 from gymnasium.utils.env_checker import check_env
+from torch._dynamo.backends.debugging import aot_eager
 from torch.utils.flop_counter import FlopCounterMode
 
 import evaluate
@@ -639,7 +640,8 @@ def test_no_code_loss_across_an_episode_end():
 def predictions(dynamics, embed, batch, context=6):
     """The code logits of each step of one loss, and the codes that each step was given."""
     logits, inputs = [], []
-    handle = dynamics.code_head.register_forward_hook(lambda m, i, out: logits.append(out.detach()))
+    handle = dynamics.code_head.register_forward_hook(
+        lambda m, args, out: logits.append(out.detach()))
     torch.manual_seed(1)
     dynamics.loss(*batch, lambda codes: inputs.append(codes.clone()) or embed(codes), context)
     handle.remove()
@@ -1003,6 +1005,33 @@ def test_no_update_waits_for_the_device():
         train.Run.add(run, parts, 0)           # the averages of the stage
     with pytest.raises(RuntimeError):          # the check itself: a copy to the host is an error
         parts["entropy"].item()
+
+
+def test_compiled_updates_are_single_graphs_and_the_same(monkeypatch):
+    """--compile: dynamics update and dream step as one graph each, with the same results; traced
+    here by torch's own tracer, without the compiler behind it."""
+    real, graphs = torch.compile, []
+
+    def traced(function, fullgraph, dynamic, mode):
+        assert fullgraph and not dynamic and mode == "reduce-overhead"
+        return real(function, fullgraph=True, dynamic=False, backend=lambda graph, inputs:
+                    graphs.append(graph) or aot_eager(graph, inputs))
+
+    monkeypatch.setattr(torch, "compile", traced)
+    torch._dynamo.reset()
+    results = []
+    for compile in (False, True):
+        torch.manual_seed(0)
+        models, windows = tiny_models(compile=compile, dream_steps=3), tiny_windows(L=3)
+        windows[3][0, 0] = True
+        results.append([models.world_model_update(*windows, 1e-3, 1) for _ in range(2)]
+                       + [models.policy_update(windows[0][0]), models.dynamics.state_dict(),
+                          models.policy.state_dict(), torch.get_rng_state()])
+    assert len(graphs) == 2                                          # one each, used three times
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-6, equal_nan=True)
+    monkeypatch.undo()
+    monkeypatch.setattr(torch, "compile", lambda function: (lambda x: 1 / 0))
+    assert_main_refuses("--compile needs a C++ compiler", train.main, "--compile", "true")
 
 
 def test_evaluation_plays_whole_real_games(capsys):
@@ -2187,9 +2216,10 @@ def test_no_line_is_longer_than_100_characters():
 # ----------------------------------------------------------------------------------------------
 
 
-def iteration_seconds(config, seconds):
-    """Seconds per call of train.stage_jobs -> seconds of all rounds of a run."""
-    rates = train.rates_from(seconds, config)
+def whole_run(config, costs):
+    """Of one call of each of train.stage_jobs -> of all rounds, whatever the cost is measured in.
+    The emulator is left out: it is the same for all."""
+    rates = train.rates_from(costs, config, emulator=0.0)
     return sum(rates[stage] * count for iteration in range(config.iterations)
                for stage, count in train.work(config, iteration).items())
 
@@ -2211,8 +2241,9 @@ def compare_speed(config, rounds):
     seconds = {way: {} for way in ways}
     print(f"{config.preset}, {torch.get_num_threads()} threads; matrix products: "
           + ", ".join(f"{way} {rate[way]:.0f} GFLOP/s" for way in list(ways)[1:]))
-    print("stage                GFLOP" + "".join(f"{way + ' ms':>13s}" for way in ways)
-          + "  of matmul   ratio")
+    print(f"{'stage':18s} {'GFLOP':>12s}" + "".join(f"{way:>12s}" for way in ways)
+          + "   of matmul straight / ours")
+    gflops = {}
     for stage in jobs["float32"]:
         with FlopCounterMode(display=False) as counter:
             jobs["float32"][stage][1]()
@@ -2223,17 +2254,18 @@ def compare_speed(config, rounds):
                 measured[way].append(train.seconds_per_call(job, calls, fp32.device))
         for way in ways:                                                 # the first turn warms up
             seconds[way][stage] = float(np.median(measured[way][1:]))
-        print_row(stage, counter.get_total_flops() / 1e9, {w: seconds[w][stage] for w in ways}, rate)
-    whole = {way: iteration_seconds(config, seconds[way]) for way in ways}
-    print_row("whole run", None, whole, rate)
+        gflops[stage] = counter.get_total_flops() / 1e9
+        print_row(stage, gflops[stage], {w: seconds[w][stage] for w in ways}, rate)
+    whole = {way: whole_run(config, seconds[way]) for way in ways}
+    print_row("whole run", whole_run(config, gflops), whole, rate, unit="h ")
 
 
-def print_row(stage, gflop, seconds, rate):
-    best = list(seconds)[-1]
-    print(f"{stage:18s} {gflop or 0:7.2f} "
-          + "".join(f"{1000 * s:12.1f} " if gflop else f"{s / 3600:10.2f} h " for s in seconds.values())
-          + (f"{gflop / seconds[best] / rate[best]:10.0%} " if gflop else " " * 11)
-          + f"{seconds['straight'] / seconds[best]:7.2f}", flush=True)
+def print_row(name, gflop, seconds, rate, unit="ms"):
+    """seconds: of each way; the share of the matrix products' rate is the last way's."""
+    scale, best = 1000 if unit == "ms" else 1 / 3600, list(seconds)[-1]
+    share = gflop / seconds[best] / rate[best]
+    print(f"{name:18s} {gflop:12.2f}" + "".join(f"{scale * s:12.1f}" for s in seconds.values())
+          + f" {unit} {share:8.0%} {seconds['straight'] / seconds[best]:9.2f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ Dimension key:  B batch   L = 11 observations in a window   T = 50 dreamed steps
 import argparse
 import contextlib
 import csv
+import ctypes
 import dataclasses
 import errno
 import hashlib
@@ -37,7 +38,7 @@ import torch
 from tqdm import tqdm
 
 from atari import AtariEnv, ExperienceBuffer
-from dynamics import Dynamics, dream, dream_step, sample
+from dynamics import Dynamics, dream, dream_step, imagine, sample
 from ppo import ActorCritic, ppo_update
 from vqvae import VQVAE, foreground_error, foreground_weight
 
@@ -66,6 +67,7 @@ class Config:
     out: str = setting("runs", "folder in which the run's own folder is made")
     checkpoint_minutes: float = setting(4.0, "save at least this often: no more work can be lost")
     bf16: bool = setting(True, "bfloat16 if the hardware computes in it (ours: same sizes, faster)")
+    compile: bool = setting(False, "compile dynamics update and dream step, CUDA graphs (ours)")
     scale: float = setting(1.0, "multiplies all numbers of updates: more time, or less (ours)")
 
     # Real experience
@@ -145,7 +147,8 @@ PRESETS = {
         eval_episodes=1, final_episodes=1),
 }
 # What may change when a run is resumed, with --override: where it runs, how often it is judged.
-MAY_CHANGE = ("device", "checkpoint_minutes", "bf16", "eval_episodes", "final_episodes")
+MAY_CHANGE = ("device", "checkpoint_minutes", "bf16", "compile", "eval_episodes",
+              "final_episodes")
 STAGES = ("collect", "warm_up", "world_model", "policy", "evaluate")
 SCHEMA = 1                                          # of the checkpoint, and what is in it:
 STATE = {"schema", "config", "iteration", "stage", "update", "networks", "optimizers", "torch_rng",
@@ -187,6 +190,13 @@ def check(config):
         there = "cuda or cpu" if torch.cuda.is_available() else "cpu"
         raise UserError(f"device {config.device!r} is not available here; "
                         f"use --device {there}") from None
+    if config.compile:
+        try:
+            torch.compile(torch.sin)(torch.zeros(2, device=config.device))
+        except Exception as error:                  # whatever a missing compiler provokes
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise UserError(f"--compile needs a C++ compiler, and Triton on CUDA "
+                            f"({reason[0][:80]})") from None
 
 
 def has_bf16(device):
@@ -201,6 +211,24 @@ def has_bf16(device):
 # --------------------------------------------------------------------------------------------------
 
 
+def one_graph(function):
+    """The function compiled into a single graph. On CUDA it is recorded once and then replayed
+    (CUDA graphs), which writes over the results of the call before: so copies are handed out.
+    """
+    compiled = torch.compile(function, fullgraph=True, dynamic=False, mode="reduce-overhead")
+
+    def copied(value):
+        if isinstance(value, dict):
+            return {k: copied(v) for k, v in value.items()}
+        return value.clone() if isinstance(value, torch.Tensor) else tuple(map(copied, value))
+
+    def call(*arguments):
+        torch.compiler.cudagraph_mark_step_begin()
+        return copied(compiled(*arguments))
+
+    return call
+
+
 class Models:
     """The three networks and their optimisers on one device."""
 
@@ -212,6 +240,9 @@ class Models:
                                max_logit=config.max_logit)
             self.dynamics = Dynamics(num_actions, hidden=config.hidden)
             self.policy = ActorCritic(num_actions, width=config.policy_width)
+        self.dynamics_loss, self.imagine = self.dynamics.loss, imagine
+        if config.compile:
+            self.dynamics_loss, self.imagine = one_graph(self.dynamics.loss), one_graph(imagine)
         self.background = torch.zeros(96, 96, dtype=torch.uint8, device=self.device)
         self.vqvae.eval()                       # train() only around its own updates: batch norms
         # The reward loss is scaled down by reward_weight for the trunk's sake. Adam divides the
@@ -296,7 +327,7 @@ class Models:
                                       0.1 * self.config.foreground)
         with self.autocast():
             codes = self.vqvae.encode(flat).view(B, L, 6, 6)    # targets move with the VQ-VAE (3.4)
-            loss, dynamics_parts = self.dynamics.loss(
+            loss, dynamics_parts = self.dynamics_loss(
                 codes, actions, rewards, ends, self.vqvae.embed, context, self.config.reward_weight)
         self.optimizers["dynamics"].param_groups[0]["lr"] = lr
         self.step("dynamics", loss)
@@ -307,7 +338,7 @@ class Models:
         c = self.config
         with self.autocast():
             rollout = dream(self.dynamics, self.vqvae.embed, self.policy, self.vqvae.encode(x),
-                            c.dream_steps)
+                            c.dream_steps, step=self.imagine)
             T, B = rollout["actions"].shape
             observations = self.vqvae.embed(rollout["codes"].flatten(0, 1)).unflatten(0, (T, B))
         with self.autocast(cache=False):
@@ -1132,9 +1163,10 @@ def matmul_rate(device, dtype):
     return 2 * n**3 / min(seconds_per_call(lambda: a @ b, 1, device) for _ in range(5)) / 1e9
 
 
-def rates_from(seconds, config):
-    """Seconds per call of stage_jobs -> seconds per unit of `work` of each stage."""
-    emulator = 1.2e-3                               # seconds per step of four frames
+def rates_from(seconds, config, emulator):
+    """Seconds per call of stage_jobs and per step of the emulator
+    -> seconds per unit of `work` of each stage.
+    """
     share = 1 / config.vqvae_every
     return {"collect": seconds["collect"] + emulator, "warm_up": seconds["warm_up"],
             "world_model": ((1 - share) * seconds["world_model"]
@@ -1340,7 +1372,20 @@ def start(arguments):
     return run
 
 
+def keep_freed_memory():
+    """glibc gives large freed blocks back to the system, and each update would have it clear the
+    same pages anew: 7 to 11 % of an update on a CPU. Elsewhere than in glibc nothing happens.
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(-3, 2**25)                              # M_MMAP_THRESHOLD: the most it allows, 32 MiB
+    mallopt(-1, 2**31 - 1)                          # M_TRIM_THRESHOLD
+
+
 def main(arguments=None):
+    keep_freed_memory()
     try:
         run = start(arguments)
         c = run.config
