@@ -14,6 +14,7 @@ import copy
 import csv
 import dataclasses
 import errno
+import functools
 import json
 import math
 import os
@@ -2069,11 +2070,21 @@ class Straightforward:
         return self.draw(torch.distributions.Categorical(logits=logits / temperature)).numpy()
 
 
+def noise(rows):
+    """An ExperienceBuffer full of it."""
+    rng, buffer = np.random.default_rng(0), ExperienceBuffer(rows)
+    for start in range(0, rows, 400):
+        n = min(400, rows - start)
+        buffer.add(rng.integers(256, size=(n, 96, 96), dtype=np.uint8), 0, 0.0,
+                   np.arange(n) == n - 1, False)
+    return buffer
+
+
 def both_ways(monkeypatch, **settings):
     """(models, straightforward, a buffer): the same weights, away from their even start; every draw
     is the most likely value."""
     torch.manual_seed(0)
-    models, buffer = tiny_models(**settings), train.made_up_buffer(60)
+    models, buffer = tiny_models(**settings), noise(60)
     buffer.actions[:], buffer.rewards[:] = np.arange(60) % M, np.arange(60) % 4 - 2.0
     buffer.frames //= np.arange(1, 61, dtype=np.uint8)[:, None, None]    # of every brightness
     with torch.no_grad():
@@ -2234,7 +2245,7 @@ def compare_speed(config, rounds):
     ways = {"straight": Straightforward(fp32), "float32": fp32}
     if train.has_bf16(fp32.device):
         ways["bfloat16"] = train.Models(dataclasses.replace(config, bf16=True), 18)
-    buffer = train.made_up_buffer(2000)
+    buffer = noise(2000)
     jobs = {way: train.stage_jobs(config, models, buffer) for way, models in ways.items()}
     rate = {way: train.matmul_rate(fp32.device, torch.bfloat16 if way == "bfloat16"
                                    else torch.float32) for way in ways}
@@ -2268,6 +2279,32 @@ def print_row(name, gflop, seconds, rate, unit="ms"):
           + f" {unit} {share:8.0%} {seconds['straight'] / seconds[best]:9.2f}", flush=True)
 
 
+def compare_sizes(config, rounds):
+    """Prints ms per unit of work of each stage with 12,800 and with 102,400 frames in the buffer:
+    it should be the same. Also what is done once per epoch, shared out among its updates."""
+    models, sizes = train.Models(config, 18), (12_800, 102_400)
+    buffers = {size: noise(size) for size in sizes}
+    jobs = {size: train.stage_jobs(config, models, buffers[size]) for size in sizes}
+    for size in sizes:
+        batches, run = train.batches_per_epoch(config, size), types.SimpleNamespace(
+            buffer=buffers[size], models=models)
+        jobs[size] |= {
+            "background": (1, functools.partial(train.background, run)),
+            "an epoch's windows": (batches, functools.partial(
+                train.epoch_of_windows, buffers[size], config, batches, np.random.default_rng(0)))}
+    print("\nframes in the buffer" + "".join(f"{size:12,d}" for size in sizes) + "     ratio")
+    for stage in jobs[sizes[0]]:
+        measured = {size: [] for size in sizes}
+        for _ in range(rounds + 1):
+            for size in sizes:
+                calls, job = jobs[size][stage]
+                once = stage == "an epoch's windows"                     # for so many updates
+                seconds = train.seconds_per_call(job, 1 if once else calls, models.device)
+                measured[size].append(seconds / calls if once else seconds)
+        few, many = (1000 * np.median(measured[size][1:]) for size in sizes)
+        print(f"{stage:20s}{few:12.3f}{many:12.3f} ms {many / few:6.2f}", flush=True)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Measures the code against a straightforward "
                                                  "version. (The tests: python -m pytest.)")
@@ -2277,6 +2314,8 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     # What `small` adds to the paper's VQ-VAE has no straightforward counterpart: it is left out.
-    compare_speed(train.settings_from({"preset": arguments.preset, "device": "cpu",
-                                       "foreground": 0.0, "revive_codes": False}),
-                  arguments.rounds)
+    config = train.settings_from({"preset": arguments.preset, "device": "cpu", "foreground": 0.0,
+                                  "revive_codes": False})
+    train.keep_freed_memory()                                            # for all alike
+    compare_speed(config, arguments.rounds)
+    compare_sizes(config, arguments.rounds)

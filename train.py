@@ -30,6 +30,7 @@ import pathlib
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import zipfile
 
@@ -1103,14 +1104,15 @@ def world_model_picture(run):
     return foreground
 
 
-def made_up_buffer(rows):
-    """An ExperienceBuffer full of noise."""
-    rng, buffer = np.random.default_rng(0), ExperienceBuffer(rows)
-    for _ in range(0, rows, 400):
-        n = min(400, rows - len(buffer))
-        buffer.add(rng.integers(0, 256, (n, 96, 96), dtype=np.uint8), 0, 0.0, np.arange(n) == 0,
-                   False)
-    return buffer
+def played_at_random(game, steps):
+    """-> (ExperienceBuffer of so many random steps, seconds that each took)."""
+    env, buffer, rng = AtariEnv(game, seed=0), ExperienceBuffer(steps), np.random.default_rng(0)
+    frame, begun = env.reset(), time.perf_counter()
+    for action in rng.integers(env.num_actions, size=steps):
+        following, reward, terminated, truncated = env.step(action)
+        buffer.add(frame, action, reward, terminated, truncated)
+        frame = env.reset() if terminated or truncated else following
+    return buffer, (time.perf_counter() - begun) / steps
 
 
 def stage_jobs(config, models, buffer):
@@ -1163,8 +1165,8 @@ def matmul_rate(device, dtype):
     return 2 * n**3 / min(seconds_per_call(lambda: a @ b, 1, device) for _ in range(5)) / 1e9
 
 
-def rates_from(seconds, config, emulator):
-    """Seconds per call of stage_jobs and per step of the emulator
+def rates_from(seconds, config, emulator, episode=1500):
+    """Seconds per call of stage_jobs and per step of the emulator, steps of an episode
     -> seconds per unit of `work` of each stage.
     """
     share = 1 / config.vqvae_every
@@ -1172,53 +1174,76 @@ def rates_from(seconds, config, emulator):
             "world_model": ((1 - share) * seconds["world_model"]
                             + share * seconds["world_model+vqvae"]),
             "policy": seconds["policy"],
-            # An episode: some 1,500 steps, eight of them side by side.
-            "evaluate": (seconds["evaluate"] / 8 + emulator) * 1500}
+            # Eight episodes are played side by side.
+            "evaluate": (seconds["evaluate"] / 8 + emulator) * episode}
 
 
 def measure_rates(config, num_actions):
     """A first guess at seconds per unit of work of each stage, in a few seconds."""
-    models = Models(config, num_actions)
-    seconds = {}
-    for name, (calls, job) in stage_jobs(config, models, made_up_buffer(400)).items():
+    models, seconds = Models(config, num_actions), {}
+    buffer, emulator = played_at_random(config.game, 200 + config.window)
+    for name, (calls, job) in stage_jobs(config, models, buffer).items():
         if name != "policy":
             job()                                   # the first call of each pays for one-time work
         seconds[name] = seconds_per_call(job, calls, models.device)
-    return rates_from(seconds, config)
+    return rates_from(seconds, config, emulator)
 
 
 def benchmark(config):
     """--benchmark: what each stage costs here and how long the whole run will take.
-    Writes no files.
+    All it writes goes into a temporary folder.
     """
     from torch.utils.flop_counter import FlopCounterMode
-    models = Models(config, AtariEnv(config.game).num_actions)
-    device, dtype = models.device, torch.bfloat16 if models.use_bf16 else torch.float32
-    rate = matmul_rate(device, dtype)
-    print(f"{config.game}, preset {config.preset} on {config.device}, {torch.get_num_threads()} "
-          f"threads, {dtype}; large matrix products: {rate:.0f} GFLOP/s")
-    print(f"{'one update of':18s} {'GFLOP':>8s} {'ms':>9s} {'GFLOP/s':>8s} {'of matmul':>9s}")
-    seconds = {}
-    for name, (calls, job) in stage_jobs(config, models, made_up_buffer(2000)).items():
-        with FlopCounterMode(display=False) as counter:
-            job()
-        gflop = counter.get_total_flops() / 1e9
-        first = seconds_per_call(job, 1, device)
-        repeats = max(3, min(30, int(12 / max(first * calls, 1e-3))))
-        seconds[name] = float(np.median([seconds_per_call(job, calls, device)
-                                         for _ in range(repeats)]))
-        speed = gflop / seconds[name]
-        print(f"{name:18s} {gflop:8.2f} {1000 * seconds[name]:9.2f} {speed:8.0f} "
-              f"{speed / rate:9.0%}", flush=True)
-    rates, total = rates_from(seconds, config), dict.fromkeys(STAGES, 0.0)
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(config, pathlib.Path(folder))
+        device, dtype = run.device, torch.bfloat16 if run.models.use_bf16 else torch.float32
+        rate = matmul_rate(device, dtype)
+        print(f"{config.game}, preset {config.preset} on {config.device}, "
+              f"{torch.get_num_threads()} threads, {dtype}; "
+              f"large matrix products: {rate:.0f} GFLOP/s")
+        print(f"{'one update of':18s} {'GFLOP':>8s} {'ms':>9s} {'GFLOP/s':>8s} {'of matmul':>9s}")
+        run.buffer, emulator = played_at_random(config.game, 2500 + config.window)
+        seconds = {}
+        for name, (calls, job) in stage_jobs(config, run.models, run.buffer).items():
+            with FlopCounterMode(display=False) as counter:
+                job()
+            gflop = counter.get_total_flops() / 1e9
+            first = seconds_per_call(job, 1, device)
+            repeats = max(3, min(30, int(12 / max(first * calls, 1e-3))))
+            seconds[name] = float(np.median([seconds_per_call(job, calls, device)
+                                             for _ in range(repeats)]))
+            speed = gflop / seconds[name]
+            print(f"{name:18s} {gflop:8.2f} {1000 * seconds[name]:9.2f} {speed:8.0f} "
+                  f"{speed / rate:9.0%}", flush=True)
+
+        # How long random play lasts; 1,500 steps if no episode ended.
+        lasts = np.diff(np.flatnonzero(run.buffer.ends), prepend=-1)
+        rates = rates_from(seconds, config, emulator, np.mean(lasts) if len(lasts) else 1500)
+        # What goes with every step of collecting, and with every round.
+        rates["collect"] += seconds_per_call(lambda: make_shard(run.buffer, 0, 1), 1,
+                                             device) / len(run.buffer)
+        run.shards = [{"length": len(run.buffer)}]
+
+        def between_stages():
+            background(run)
+            world_model_picture(run)
+            progress_picture(run)
+            for _ in range(4):
+                run.save()
+
+        between_stages()
+        total = dict.fromkeys(STAGES, 0.0)
+        total["pictures and saving"] = config.iterations * seconds_per_call(between_stages, 1,
+                                                                            device)
     for iteration in range(config.iterations):
         for stage, count in work(config, iteration).items():
             total[stage] += count * rates[stage]
-    peak, whole = peak_memory(device), sum(total.values())
+    frames, peak = len_experience(config) * 96 * 96 / 2**20, peak_memory(device)
     print("the whole run: "
           + ", ".join(f"{s.replace('_', ' ')} {clock(t)}" for s, t in total.items()))
-    print(f"               about {clock(whole)} (h:mm:ss); peak memory of this benchmark "
-          f"{peak:.0f} MB, and up to {len_experience(config) * 96 * 96 / 2**20:.0f} MB of frames")
+    where = "of the GPU, and" if device.type == "cuda" else "and with all frames collected"
+    print(f"               about {clock(sum(total.values()))} (h:mm:ss); peak memory here "
+          f"{peak:.0f} MB {where} up to {frames:.0f} MB more")
 
 
 def len_experience(config):
@@ -1253,8 +1278,8 @@ def parse(arguments):
         "depends on --preset; the defaults shown are those of `paper`.")
     parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
     parser.add_argument("--benchmark", action="store_true",
-                        help="measure each stage for two minutes, say how long the run will take, "
-                             "write nothing")
+                        help="measure each stage, in some two minutes, say how long the whole run "
+                             "will take, leave no files")
     parser.add_argument("--override", metavar="FIELD", action="append", default=[],
                         help="with --resume: let this setting change "
                              f"(one of: {', '.join(MAY_CHANGE)})")
