@@ -10,6 +10,7 @@ definition written as a plain loop, 40-digit arithmetic, torch's own modules, pu
     python -m pytest test_all.py -k codebook     # only the stops with this word in their name
 """
 import argparse
+import contextlib
 import copy
 import csv
 import dataclasses
@@ -1946,6 +1947,9 @@ class Straightforward:
     def draw(distribution):
         return distribution.sample()
 
+    def autocast(self):
+        return contextlib.nullcontext()
+
     def observations(self, buffer, rows):
         batch = []
         for row in rows:
@@ -2261,11 +2265,11 @@ def compare_speed(config, rounds):
         measured = {way: [] for way in ways}
         for turn in range(rounds + 1):
             for way in ways:
-                calls, job = jobs[way][stage]
-                measured[way].append(train.seconds_per_call(job, calls, fp32.device))
+                units, job = jobs[way][stage]
+                measured[way].append(train.seconds_of(job, fp32.device) / units)
         for way in ways:                                                 # the first turn warms up
             seconds[way][stage] = float(np.median(measured[way][1:]))
-        gflops[stage] = counter.get_total_flops() / 1e9
+        gflops[stage] = counter.get_total_flops() / units / 1e9
         print_row(stage, gflops[stage], {w: seconds[w][stage] for w in ways}, rate)
     whole = {way: whole_run(config, seconds[way]) for way in ways}
     print_row("whole run", whole_run(config, gflops), whole, rate, unit="h ")
@@ -2297,10 +2301,8 @@ def compare_sizes(config, rounds):
         measured = {size: [] for size in sizes}
         for _ in range(rounds + 1):
             for size in sizes:
-                calls, job = jobs[size][stage]
-                once = stage == "an epoch's windows"                     # for so many updates
-                seconds = train.seconds_per_call(job, 1 if once else calls, models.device)
-                measured[size].append(seconds / calls if once else seconds)
+                units, job = jobs[size][stage]
+                measured[size].append(train.seconds_of(job, models.device) / units)
         few, many = (1000 * np.median(measured[size][1:]) for size in sizes)
         print(f"{stage:20s}{few:12.3f}{many:12.3f} ms {many / few:6.2f}", flush=True)
 

@@ -353,7 +353,8 @@ class Models:
     @torch.no_grad()
     def act(self, observations, temperature):
         """Observations uint8 numpy [B, 4, 96, 96] -> actions numpy int64 [B],
-        sampled (Eq. 2: z, then a).
+        sampled (Eq. 2: z, then a). Whoever acts often does so inside one `autocast()`: it casts
+        the weights once for all, which else costs a single observation as much as its arithmetic.
         """
         with self.autocast():
             logits, _ = self.policy(self.vqvae.embed(
@@ -914,7 +915,8 @@ def play_episodes(models, game, seeds, temperature, stopped=lambda: False, label
     envs = [AtariEnv(game, seed=seed) for seed in seeds]
     stacks = np.stack([[env.reset()] * 4 for env in envs])                       # [B, 4, 96, 96]
     scores, playing = np.zeros(len(envs)), np.arange(len(envs))
-    with tqdm(desc=label, unit=" steps", disable=not sys.stderr.isatty(), leave=False) as bar:
+    with models.autocast(), tqdm(desc=label, unit=" steps", disable=not sys.stderr.isatty(),
+                                 leave=False) as bar:
         while len(playing):
             if stopped():
                 return None
@@ -1116,10 +1118,10 @@ def played_at_random(game, steps):
 
 
 def stage_jobs(config, models, buffer):
-    """One unit of work of each stage on random rows: {name: (calls per measurement, function)}.
+    """Work of each stage on random rows: {name: (units, function that does so many at once)}.
 
-    collect is one step of one environment, evaluate one step of eight; world_model leaves the
-    VQ-VAE alone, world_model+vqvae updates it too, as every third update does.
+    A unit of collect is one step of one environment, of evaluate one step of eight, else an update;
+    world_model leaves the VQ-VAE alone, world_model+vqvae updates it too, as every third one does.
     """
     c, rng = config, np.random.default_rng(0)
 
@@ -1131,30 +1133,35 @@ def stage_jobs(config, models, buffer):
         windows = models.windows(buffer, starts + np.arange(c.window))
         models.world_model_update(*windows, c.dynamics_lr, c.context, vqvae_rows)
 
+    def act(environments, steps):
+        with models.autocast():
+            for _ in range(steps):
+                models.act(buffer.stacked(np.arange(environments)), 1.0)
+
     size = c.dynamics_batch * c.window
     chosen = models.to_device(rng.permutation(size)[:c.vqvae_batch])
     return {
-        "collect": (20, lambda: models.act(buffer.stacked([7]), 1.0)),
-        "warm_up": (2, lambda: models.vqvae_update(observations(c.warmup_batch), c.warmup_lr,
+        "collect": (20, lambda: act(1, 20)),
+        "warm_up": (1, lambda: models.vqvae_update(observations(c.warmup_batch), c.warmup_lr,
                                                    c.foreground, c.revive_codes)),
         "world_model": (1, world_model),
         "world_model+vqvae": (1, lambda: world_model(chosen)),
         "policy": (1, lambda: models.policy_update(observations(c.dreams))),
-        "evaluate": (10, lambda: models.act(buffer.stacked(np.arange(8)), 1.0)),
+        "evaluate": (10, lambda: act(8, 10)),
     }
 
 
-def seconds_per_call(job, calls, device):
+def seconds_of(job, device):
+    """How long this call takes, until the device is done with it."""
     def wait():
         if device.type == "cuda":
             torch.cuda.synchronize()
 
     wait()
     begun = time.perf_counter()
-    for _ in range(calls):
-        job()
+    job()
     wait()
-    return (time.perf_counter() - begun) / calls
+    return time.perf_counter() - begun
 
 
 def matmul_rate(device, dtype):
@@ -1162,11 +1169,11 @@ def matmul_rate(device, dtype):
     n = 2048 if device.type == "cpu" else 8192
     a, b = torch.randn(2, n, n, device=device).to(dtype)
     a @ b
-    return 2 * n**3 / min(seconds_per_call(lambda: a @ b, 1, device) for _ in range(5)) / 1e9
+    return 2 * n**3 / min(seconds_of(lambda: a @ b, device) for _ in range(5)) / 1e9
 
 
 def rates_from(seconds, config, emulator, episode=1500):
-    """Seconds per call of stage_jobs and per step of the emulator, steps of an episode
+    """Seconds per unit of stage_jobs and per step of the emulator, steps of an episode
     -> seconds per unit of `work` of each stage.
     """
     share = 1 / config.vqvae_every
@@ -1182,10 +1189,10 @@ def measure_rates(config, num_actions):
     """A first guess at seconds per unit of work of each stage, in a few seconds."""
     models, seconds = Models(config, num_actions), {}
     buffer, emulator = played_at_random(config.game, 200 + config.window)
-    for name, (calls, job) in stage_jobs(config, models, buffer).items():
+    for name, (units, job) in stage_jobs(config, models, buffer).items():
         if name != "policy":
             job()                                   # the first call of each pays for one-time work
-        seconds[name] = seconds_per_call(job, calls, models.device)
+        seconds[name] = seconds_of(job, models.device) / units
     return rates_from(seconds, config, emulator)
 
 
@@ -1204,14 +1211,13 @@ def benchmark(config):
         print(f"{'one update of':18s} {'GFLOP':>8s} {'ms':>9s} {'GFLOP/s':>8s} {'of matmul':>9s}")
         run.buffer, emulator = played_at_random(config.game, 2500 + config.window)
         seconds = {}
-        for name, (calls, job) in stage_jobs(config, run.models, run.buffer).items():
+        for name, (units, job) in stage_jobs(config, run.models, run.buffer).items():
             with FlopCounterMode(display=False) as counter:
                 job()
-            gflop = counter.get_total_flops() / 1e9
-            first = seconds_per_call(job, 1, device)
-            repeats = max(3, min(30, int(12 / max(first * calls, 1e-3))))
-            seconds[name] = float(np.median([seconds_per_call(job, calls, device)
-                                             for _ in range(repeats)]))
+            gflop = counter.get_total_flops() / units / 1e9
+            repeats = max(3, min(30, int(12 / max(seconds_of(job, device), 1e-3))))
+            seconds[name] = float(np.median([seconds_of(job, device)
+                                             for _ in range(repeats)])) / units
             speed = gflop / seconds[name]
             print(f"{name:18s} {gflop:8.2f} {1000 * seconds[name]:9.2f} {speed:8.0f} "
                   f"{speed / rate:9.0%}", flush=True)
@@ -1220,8 +1226,8 @@ def benchmark(config):
         lasts = np.diff(np.flatnonzero(run.buffer.ends), prepend=-1)
         rates = rates_from(seconds, config, emulator, np.mean(lasts) if len(lasts) else 1500)
         # What goes with every step of collecting, and with every round.
-        rates["collect"] += seconds_per_call(lambda: make_shard(run.buffer, 0, 1), 1,
-                                             device) / len(run.buffer)
+        rates["collect"] += seconds_of(lambda: make_shard(run.buffer, 0, 1),
+                                       device) / len(run.buffer)
         run.shards = [{"length": len(run.buffer)}]
 
         def between_stages():
@@ -1233,8 +1239,7 @@ def benchmark(config):
 
         between_stages()
         total = dict.fromkeys(STAGES, 0.0)
-        total["pictures and saving"] = config.iterations * seconds_per_call(between_stages, 1,
-                                                                            device)
+        total["pictures and saving"] = config.iterations * seconds_of(between_stages, device)
     for iteration in range(config.iterations):
         for stage, count in work(config, iteration).items():
             total[stage] += count * rates[stage]
@@ -1260,7 +1265,8 @@ def train(run):
     """Section 3.4, "Iterative Training". Each stage ends by naming the next one."""
     while run.iteration < run.config.iterations:
         if run.stage == "collect":
-            collect(run)                            # 12,800 steps at first, then 6,400 a round
+            with run.models.autocast():
+                collect(run)                        # 12,800 steps at first, then 6,400 a round
         if run.stage == "warm_up":
             warm_up(run)                            # round 1 only: the VQ-VAE alone
         if run.stage == "world_model":
