@@ -50,8 +50,8 @@ class ConvLSTMCell(nn.Module):
 
     def initial_state(self, batch):
         """(h, c) of zeros, each float32 [batch, C, H, W], on the cell's device."""
-        zeros = self.bias.new_zeros(batch, self.hidden_channels, *self.size)
-        return zeros, zeros
+        shape = batch, self.hidden_channels, *self.size
+        return self.bias.new_zeros(shape), self.bias.new_zeros(shape)
 
     def forward(self, x, state):
         """x float [B, I, H, W], state (h, c) each [B, C, H, W] in (-1, 1) and R

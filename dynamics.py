@@ -100,8 +100,16 @@ class Dynamics(nn.Module):
         """((h, c), (h, c)) of the two cells, zeros [batch, C, 6, 6]."""
         return self.cell1.initial_state(batch), self.cell2.initial_state(batch)
 
+    def advance(self, z, action, state):
+        """Eq. 4, arguments as in forward -> y_t [B, C+M, 6, 6], which the heads read; new state."""
+        one_hot = (action[:, None] == torch.arange(self.num_actions, device=z.device)).to(z.dtype)
+        planes = one_hot[:, :, None, None].expand(-1, -1, *z.shape[2:])      # [B, M, 6, 6]
+        state1 = self.cell1(torch.cat([z, planes], 1), state[0])
+        state2 = self.cell2(torch.cat([state1[0], planes], 1), state[1])
+        return torch.cat([state2[0], planes], 1), (state1, state2)
+
     def forward(self, z, action, state):
-        """One step of Eq. 4.
+        """One step of Eq. 4, 6 and 7.
 
         z       float [B, D, 6, 6]    embedded codes of o_t
         action  int64 [B] in [0, M)   a_t
@@ -109,12 +117,8 @@ class Dynamics(nn.Module):
         -> code logits [B, K, 6, 6] of z_{t+1}, reward logits [B, 3] of r_t in {-1, 0, 1},
            the new state
         """
-        one_hot = (action[:, None] == torch.arange(self.num_actions, device=z.device)).to(z.dtype)
-        planes = one_hot[:, :, None, None].expand(-1, -1, *z.shape[2:])      # [B, M, 6, 6]
-        state1 = self.cell1(torch.cat([z, planes], 1), state[0])
-        state2 = self.cell2(torch.cat([state1[0], planes], 1), state[1])
-        y = torch.cat([state2[0], planes], 1)                                # y_t [B, C+M, 6, 6]
-        return self.code_head(y).float(), self.reward_head(y).float(), (state1, state2)
+        y, state = self.advance(z, action, state)
+        return self.code_head(y).float(), self.reward_head(y).float(), state
 
     def loss(self, codes, actions, rewards, ends, embed, context=4, reward_weight=1e-6):
         """Maximum likelihood of Eq. 6 and 7 over windows of L observations
@@ -136,38 +140,40 @@ class Dynamics(nn.Module):
         likely class is right; nan where there was none).
         """
         B, L = codes.shape[:2]
-        targets = reward_class(rewards[:, :L - 1])                               # [B, L-1]
-        state = self.initial_state(B)
-        z, code_loss, code_right, reward_logits = codes[:, 0], [], [], []
+        state, z, ys, code_logits = self.initial_state(B), codes[:, 0], [], []
         for t in range(L - 1):
-            code_logits, r_logits, state = self(embed(z).detach(), actions[:, t], state)
-            code_loss.append(F.cross_entropy(code_logits, codes[:, t + 1],
-                                             reduction="none").mean((1, 2)))
-            code_right.append((code_logits.detach().argmax(1) == codes[:, t + 1])
-                              .float().mean((1, 2)))
-            reward_logits.append(r_logits)
+            y, state = self.advance(embed(z).detach(), actions[:, t], state)
+            ys.append(y)
+            code_logits.append(self.code_head(y).float())
 
             # The next input: the truth while in context and at the start of another episode,
             # else a sample of what was just predicted. (It is an integer: no gradient through it.)
             z = codes[:, t + 1]
-            if t + 1 >= context:
-                z = torch.where(ends[:, t, None, None], z, sample(code_logits.detach()))
+            if context <= t + 1 < L - 1:
+                drawn = sample(code_logits[t].detach())
+                z = torch.where(ends[:, t, None, None], z, drawn)
             alive = (~ends[:, t]).float()[:, None, None, None]
             state = [(h * alive, c * alive) for h, c in state]
 
-        reward_logits = torch.stack(reward_logits, 2)                            # [B, 3, L-1]
+        # Whatever need not wait for the step before is computed for all steps at once.
+        code_logits, targets = torch.stack(code_logits, 2), codes[:, 1:]         # [B, K, L-1, 6, 6]
+        reward_logits = self.reward_head(torch.stack(ys, 1).flatten(0, 1)).float()
+        reward_logits = reward_logits.unflatten(0, (B, L - 1)).transpose(1, 2)   # [B, 3, L-1]
+        reward_targets = reward_class(rewards[:, :L - 1])                        # [B, L-1]
         # No code loss across an episode end. (The released code masks with end_{t+1}, a step late.)
         inside = (~ends[:, :L - 1]).float()                                      # [B, L-1]
         count = inside.sum().clamp(min=1)
-        code_loss = (torch.stack(code_loss, 1) * inside).sum() / count
-        reward_loss = F.cross_entropy(reward_logits, targets)
+        code_loss = F.cross_entropy(code_logits, targets, reduction="none").mean((2, 3))
+        code_loss = (code_loss * inside).sum() / count
+        reward_loss = F.cross_entropy(reward_logits, reward_targets)
 
         with torch.no_grad():
-            right = (reward_logits.argmax(1) == targets).float()
+            code_right = (code_logits.argmax(1) == targets).float().mean((2, 3))
+            right = (reward_logits.argmax(1) == reward_targets).float()
             parts = {"code_loss": code_loss, "reward_loss": reward_loss,
-                     "code_accuracy": (torch.stack(code_right, 1) * inside).sum() / count}
+                     "code_accuracy": (code_right * inside).sum() / count}
             for k, name in enumerate(("minus", "zero", "plus")):
-                mine = (targets == k).float()
+                mine = (reward_targets == k).float()
                 parts[f"reward_accuracy_{name}"] = (right * mine).sum() / mine.sum()
         return code_loss + reward_weight * reward_loss, {k: v.detach() for k, v in parts.items()}
 
@@ -185,7 +191,22 @@ def dream_step(dynamics, z, action, state, temperature=1.0, generator=None):
 
 
 @torch.no_grad()
-def dream(dynamics, embed, policy, start_codes, steps=50, temperature=1.0, bootstrap=False):
+def imagine(dynamics, embed, policy, codes, state, temperature=1.0):
+    """One step of `dream`: the policy acts on codes int64 [B, 6, 6], the model answers
+    -> action [B], its log-probability [B], value [B], reward [B], next codes, next state.
+    """
+    z = embed(codes)
+    action_logits, value = policy(z)
+    action_logits = action_logits.float()
+    action = sample(action_logits)                                               # Eq. 8
+    log_prob = action_logits.log_softmax(1).gather(1, action[:, None])[:, 0]
+    next_codes, reward, state = dream_step(dynamics, z, action, state, temperature)
+    return action, log_prob, value.float(), reward, next_codes, state
+
+
+@torch.no_grad()
+def dream(dynamics, embed, policy, start_codes, steps=50, temperature=1.0, bootstrap=False,
+          step=imagine):
     """Imagined experience: the only experience the policy is ever trained on (Section 3.4).
 
     start_codes  int64 [B, 6, 6]: codes of real observations, drawn at random from all that was
@@ -197,6 +218,7 @@ def dream(dynamics, embed, policy, start_codes, steps=50, temperature=1.0, boots
                  (Ha & Schmidhuber, Table 2)
     bootstrap    True: the dream is only cut short after T steps; what would have followed is worth
                  the policy's own value of the codes reached
+    step         `imagine`, or the same compiled
 
     Returns a dict of tensors with time first: codes [T, B, 6, 6], actions [T, B],
     log_probs [T, B], values [T, B], rewards float [T, B] in {-1, 0, 1},
@@ -206,13 +228,8 @@ def dream(dynamics, embed, policy, start_codes, steps=50, temperature=1.0, boots
     B, device = len(start_codes), start_codes.device
     codes, state, rows = start_codes, dynamics.initial_state(B), []
     for _ in range(steps):
-        z = embed(codes)
-        action_logits, value = policy(z)
-        action_logits = action_logits.float()
-        action = sample(action_logits)                                           # Eq. 8
-        log_prob = action_logits.log_softmax(1).gather(1, action[:, None])[:, 0]
-        next_codes, reward, state = dream_step(dynamics, z, action, state, temperature)
-        rows.append((codes, action, log_prob, value.float(), reward))
+        *row, next_codes, state = step(dynamics, embed, policy, codes, state, temperature)
+        rows.append((codes, *row))
         codes = next_codes
     names = ("codes", "actions", "log_probs", "values", "rewards")
     batch = {name: torch.stack(column) for name, column in zip(names, zip(*rows))}

@@ -9,9 +9,13 @@ definition written as a plain loop, 40-digit arithmetic, torch's own modules, pu
     python -m pytest test_all.py                 # two or three minutes on one core
     python -m pytest test_all.py -k codebook     # only the stops with this word in their name
 """
+import argparse
+import contextlib
+import copy
 import csv
 import dataclasses
 import errno
+import functools
 import json
 import math
 import os
@@ -35,6 +39,8 @@ import torch
 import torch._dynamo                           # Adam wants it: here, so that forked children
 import torch.nn.functional as F                # need not import it
 from gymnasium.utils.env_checker import check_env
+from torch._dynamo.backends.debugging import aot_eager
+from torch.utils.flop_counter import FlopCounterMode
 
 import evaluate
 import train
@@ -636,7 +642,8 @@ def test_no_code_loss_across_an_episode_end():
 def predictions(dynamics, embed, batch, context=6):
     """The code logits of each step of one loss, and the codes that each step was given."""
     logits, inputs = [], []
-    handle = dynamics.register_forward_hook(lambda m, i, out: logits.append(out[0].detach()))
+    handle = dynamics.code_head.register_forward_hook(
+        lambda m, args, out: logits.append(out.detach()))
     torch.manual_seed(1)
     dynamics.loss(*batch, lambda codes: inputs.append(codes.clone()) or embed(codes), context)
     handle.remove()
@@ -1047,6 +1054,33 @@ def test_no_update_waits_for_the_device():
         train.Run.add(run, parts, 0)           # the averages of the stage
     with pytest.raises(RuntimeError):          # the check itself: a copy to the host is an error
         parts["entropy"].item()
+
+
+def test_compiled_updates_are_single_graphs_and_the_same(monkeypatch):
+    """--compile: dynamics update and dream step as one graph each, with the same results; traced
+    here by torch's own tracer, without the compiler behind it."""
+    real, graphs = torch.compile, []
+
+    def traced(function, fullgraph, dynamic, mode):
+        assert fullgraph and not dynamic and mode == "reduce-overhead"
+        return real(function, fullgraph=True, dynamic=False, backend=lambda graph, inputs:
+                    graphs.append(graph) or aot_eager(graph, inputs))
+
+    monkeypatch.setattr(torch, "compile", traced)
+    torch._dynamo.reset()
+    results = []
+    for compile in (False, True):
+        torch.manual_seed(0)
+        models, windows = tiny_models(compile=compile, dream_steps=3), tiny_windows(L=3)
+        windows[3][0, 0] = True
+        results.append([models.world_model_update(*windows, 1e-3, 1) for _ in range(2)]
+                       + [models.policy_update(windows[0][0]), models.dynamics.state_dict(),
+                          models.policy.state_dict(), torch.get_rng_state()])
+    assert len(graphs) == 2                                          # one each, used three times
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-6, equal_nan=True)
+    monkeypatch.undo()
+    monkeypatch.setattr(torch, "compile", lambda function: (lambda x: 1 / 0))
+    assert_main_refuses("--compile needs a C++ compiler", train.main, "--compile", "true")
 
 
 def test_evaluation_plays_whole_real_games(capsys):
@@ -1933,6 +1967,257 @@ def test_one_process_per_folder_and_honest_refusals(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------
+# Close to the machine's limit: the fast code against a straightforward one
+# ----------------------------------------------------------------------------------------------
+# `python test_all.py` measures one against the other, side by side. The tests below hold them to
+# the same losses and gradients.
+
+
+class Straightforward:
+    """The same mathematics, written down as it comes, with the methods of train.Models: float32,
+    torch.distributions for every draw and every likelihood, frames looked up sample by sample, each
+    step's losses in the step, plain Adam. Works on copies of the networks of `models`."""
+
+    def __init__(self, models):
+        c = self.config = models.config
+        self.device, self.to_device = models.device, models.to_device
+        self.vqvae, self.dynamics, self.policy = map(copy.deepcopy, models.networks().values())
+        head = list(self.dynamics.reward_head.parameters())
+        trunk = [p for n, p in self.dynamics.named_parameters() if not n.startswith("reward_head")]
+        self.vqvae_adam = torch.optim.Adam(self.vqvae.parameters(), lr=c.vqvae_lr)
+        self.dynamics_adam = torch.optim.Adam([
+            {"params": trunk, "lr": c.dynamics_lr},
+            {"params": head, "lr": c.reward_lr, "eps": 1e-8 * c.reward_weight}])
+        self.policy_adam = torch.optim.Adam(self.policy.parameters(), lr=c.policy_lr, eps=1e-5)
+
+    @staticmethod
+    def draw(distribution):
+        return distribution.sample()
+
+    def autocast(self):
+        return contextlib.nullcontext()
+
+    def observations(self, buffer, rows):
+        batch = []
+        for row in rows:
+            frames = [buffer.frames[max(row - k, buffer.start[row])] for k in (3, 2, 1, 0)]
+            batch.append(torch.tensor(np.stack(frames), dtype=torch.float32) / 255)
+        return torch.stack(batch).to(self.device)                        # [B, 4, 96, 96]
+
+    def windows(self, buffer, rows):
+        x = torch.stack([self.observations(buffer, window) for window in rows])
+        actions, rewards, ends = (torch.tensor([[column[row] for row in window] for window in rows])
+                                  for column in (buffer.actions, buffer.rewards, buffer.ends))
+        return x, actions.long(), rewards, ends
+
+    def quantise(self, z_e):
+        book = self.vqvae.codebook.codes
+        vectors = z_e.permute(0, 2, 3, 1).reshape(-1, book.shape[1])                     # [N, D]
+        one_hot = F.one_hot(torch.cdist(vectors, book).argmin(1), len(book)).float()     # [N, K]
+        z_q = (one_hot @ book).view(len(z_e), 6, 6, -1).permute(0, 3, 1, 2)
+        return vectors, one_hot, z_q
+
+    def vqvae_update(self, x, lr, foreground=0.0, revive=False):
+        assert not foreground and not revive                             # none in the paper
+        self.vqvae.train()
+        z_e = self.vqvae.encoder(x)
+        vectors, one_hot, z_q = self.quantise(z_e)
+        self.vqvae.codebook.update(vectors.detach(), one_hot)
+        logits = self.vqvae.decoder(z_e + (z_q - z_e).detach()).clamp(-15.9, 15.9)
+        log_p = torch.distributions.ContinuousBernoulli(logits=logits).log_prob(x)
+        loss = -log_p.sum((1, 2, 3)).mean() + 36 * math.log(one_hot.shape[1]) \
+            + self.vqvae.commitment * (z_e - z_q.detach()).square().mean()
+        self.vqvae_adam.param_groups[0]["lr"] = lr
+        self.vqvae_adam.zero_grad()
+        loss.backward()
+        self.vqvae_adam.step()
+        self.vqvae.eval()
+        return loss
+
+    def dynamics_step(self, one_hot, action, state):
+        """Codes as one-hot rows [B, 6, 6, K] -> p(z_{t+1}), p(r_t), state."""
+        d = self.dynamics
+        z = (one_hot.float() @ self.vqvae.codebook.codes).permute(0, 3, 1, 2)
+        planes = F.one_hot(action, d.num_actions).float()[:, :, None, None].repeat(1, 1, 6, 6)
+        first = d.cell1(torch.cat([z, planes], 1), state[0])
+        second = d.cell2(torch.cat([first[0], planes], 1), state[1])
+        y = torch.cat([second[0], planes], 1)
+        code_p = torch.distributions.OneHotCategorical(logits=d.code_head(y).permute(0, 2, 3, 1))
+        return code_p, torch.distributions.Categorical(logits=d.reward_head(y)), [first, second]
+
+    def world_model_update(self, x, actions, rewards, ends, lr, context, vqvae_rows=None):
+        B, L = ends.shape
+        if vqvae_rows is not None:
+            self.vqvae_update(x.flatten(0, 1)[vqvae_rows], self.config.vqvae_lr)
+        with torch.no_grad():
+            z = self.quantise(self.vqvae.encoder(x.flatten(0, 1)))[1].view(B, L, 6, 6, -1)
+        state, given, code_loss, reward_loss = self.dynamics.initial_state(B), z[:, 0], 0, 0
+        for t in range(L - 1):
+            code_p, reward_p, state = self.dynamics_step(given, actions[:, t], state)
+            inside = 1 - ends[:, t].float()
+            code_loss = code_loss - (code_p.log_prob(z[:, t + 1]).mean((1, 2)) * inside).sum()
+            target = rewards[:, t].clamp(-1, 1).round().long() + 1
+            reward_loss = reward_loss - reward_p.log_prob(target).mean() / (L - 1)
+            given = z[:, t + 1].clone()
+            if t + 1 >= context:
+                drawn = self.draw(code_p)
+                for b in range(B):
+                    if not ends[b, t]:
+                        given[b] = drawn[b]
+            state = [[s * inside[:, None, None, None] for s in pair] for pair in state]
+        loss = code_loss / (~ends[:, :-1]).sum() + self.config.reward_weight * reward_loss
+        self.dynamics_adam.param_groups[0]["lr"] = lr
+        self.dynamics_adam.zero_grad()
+        loss.backward()
+        self.dynamics_adam.step()
+        return loss
+
+    def see(self, one_hot):
+        """Codes as one-hot rows [B, 6, 6, K] -> the policy's p(a | z) and value."""
+        logits, value = self.policy((one_hot @ self.vqvae.codebook.codes).permute(0, 3, 1, 2))
+        return torch.distributions.Categorical(logits=logits), value
+
+    def policy_update(self, x):
+        c, rows = self.config, []
+        with torch.no_grad():
+            z = self.quantise(self.vqvae.encoder(x))[1].view(len(x), 6, 6, -1)
+            state = self.dynamics.initial_state(len(x))
+            for _ in range(c.dream_steps):
+                p, value = self.see(z)
+                action = self.draw(p)
+                code_p, reward_p, state = self.dynamics_step(z, action, state)
+                rows.append((z, action, p.log_prob(action), value, self.draw(reward_p) - 1.0))
+                z = self.draw(code_p)
+            advantage, following, advantages = 0, 0, []
+            for _, _, _, value, reward in reversed(rows):
+                advantage = reward + c.gamma * following - value + c.gamma * c.lam * advantage
+                following = value
+                advantages.insert(0, advantage)
+        z, action, old_log_p, old_value = (torch.stack(column).flatten(0, 1)
+                                           for column in list(zip(*rows))[:4])
+        advantage = torch.stack(advantages).flatten()
+        returns = advantage + old_value
+        for _ in range(c.ppo_epochs):
+            for i in torch.randperm(len(z)).split(c.minibatch):
+                a = (advantage[i] - advantage[i].mean()) / (advantage[i].std() + 1e-8)
+                p, value = self.see(z[i])
+                ratio = torch.exp(p.log_prob(action[i]) - old_log_p[i])
+                policy_loss = -torch.min(ratio * a, ratio.clamp(1 - c.clip, 1 + c.clip) * a).mean()
+                clipped = old_value[i] + (value - old_value[i]).clamp(-c.value_clip, c.value_clip)
+                value_loss = torch.max((value - returns[i]) ** 2,
+                                       (clipped - returns[i]) ** 2).mean() / 2
+                loss = policy_loss + c.value_coef * value_loss - c.entropy_coef * p.entropy().mean()
+                self.policy_adam.zero_grad()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(self.policy.parameters(), c.max_grad_norm)
+                self.policy_adam.step()
+        return loss
+
+    @torch.no_grad()
+    def act(self, observations, temperature):
+        x = torch.stack([torch.tensor(o, dtype=torch.float32) / 255 for o in observations])
+        one_hot = self.quantise(self.vqvae.encoder(x.to(self.device)))[1].view(len(x), 6, 6, -1)
+        logits = self.see(one_hot)[0].logits
+        return self.draw(torch.distributions.Categorical(logits=logits / temperature)).numpy()
+
+
+def noise(rows):
+    """An ExperienceBuffer full of it."""
+    rng, buffer = np.random.default_rng(0), ExperienceBuffer(rows)
+    for start in range(0, rows, 400):
+        n = min(400, rows - start)
+        buffer.add(rng.integers(256, size=(n, 96, 96), dtype=np.uint8), 0, 0.0,
+                   np.arange(n) == n - 1, False)
+    return buffer
+
+
+def both_ways(monkeypatch, **settings):
+    """(models, straightforward, a buffer): the same weights, away from their even start; every draw
+    is the most likely value."""
+    torch.manual_seed(0)
+    models, buffer = tiny_models(**settings), noise(60)
+    buffer.actions[:], buffer.rewards[:] = np.arange(60) % M, np.arange(60) % 4 - 2.0
+    buffer.frames //= np.arange(1, 61, dtype=np.uint8)[:, None, None]    # of every brightness
+    with torch.no_grad():
+        models.vqvae.train()
+        for _ in range(20):                                              # batch norms settle
+            z_e = models.vqvae.features(models.observations(buffer, np.arange(0, 60, 2)))
+        models.vqvae.eval()
+        models.vqvae.codebook.revive(z_e.permute(0, 2, 3, 1).flatten(0, 2))
+        models.vqvae.decoder[-1].weight *= 5                             # pictures with contrast
+        for block in models.vqvae.decoder[2:4]:
+            torch.nn.init.normal_(block.conv2.weight, std=0.1)
+        models.policy.actor.weight *= 300                                # decided,
+        models.dynamics.reward_head.linear2.weight *= 30                 # and sure of its rewards
+    straight = Straightforward(models)
+    for module in ("dynamics", "train"):
+        monkeypatch.setattr(f"{module}.sample", lambda logits, *_, **__: logits.argmax(1))
+
+    def most_likely(p):
+        best = p.logits.argmax(-1)
+        one_hot = isinstance(p, torch.distributions.OneHotCategorical)
+        return F.one_hot(best, p.logits.shape[-1]).float() if one_hot else best
+
+    straight.draw = most_likely
+    return models, straight, buffer
+
+
+def assert_same_step(ours, reference, rtol=1e-3):
+    """The same gradients, to a share of the largest in each tensor; the same weights after it."""
+    for (name, p), q in zip(ours.named_parameters(), reference.parameters()):
+        assert p.grad.abs().max() > 0, name
+        bound = rtol * q.grad.abs().max().item()
+        torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=bound, msg=name)
+    for (name, p), q in zip(ours.named_buffers(), reference.buffers()):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_vqvae_update_is_the_straightforward_one(monkeypatch):
+    """Section 3.3: same loss, gradients, codebook and batch norms in the warm-up's update."""
+    models, straight, buffer = both_ways(monkeypatch)
+    parts = models.vqvae_update(models.observations(buffer, np.arange(5, 17)), 1e-3)
+    loss = straight.vqvae_update(straight.observations(buffer, range(5, 17)), 1e-3)
+    ours = models.config.commitment * parts["commitment"] - parts["elbo"]
+    # torch's continuous Bernoulli loses digits where a logit is near 0.
+    assert ours.item() == pytest.approx(loss.item(), rel=1e-4)
+    assert_same_step(models.vqvae, straight.vqvae)
+
+
+@pytest.mark.parametrize("vqvae_rows", [None, torch.tensor([0, 3, 7, 8])])
+def test_world_model_update_is_the_straightforward_one(monkeypatch, vqvae_rows):
+    """Section 3.4: same loss and gradients, with an episode's end in a window, fed by samples."""
+    models, straight, buffer = both_ways(monkeypatch)
+    buffer.terminated[[13, 33]] = True
+    rows = np.array([[10], [30]]) + np.arange(7)
+    parts = models.world_model_update(*models.windows(buffer, rows), 1e-3, 3, vqvae_rows)
+    loss = straight.world_model_update(*straight.windows(buffer, rows), 1e-3, 3, vqvae_rows)
+    ours = parts["code_loss"] + models.config.reward_weight * parts["reward_loss"]
+    assert ours.item() == pytest.approx(loss.item(), rel=1e-5)
+    assert_same_step(models.dynamics, straight.dynamics)
+    if vqvae_rows is not None:
+        assert_same_step(models.vqvae, straight.vqvae)
+
+
+def test_policy_update_is_the_straightforward_one(monkeypatch):
+    """Section 3.4: the same dream, the same gradients of PPO's last minibatch."""
+    models, straight, buffer = both_ways(monkeypatch, dream_steps=6, minibatch=9)
+    torch.manual_seed(1)
+    parts = models.policy_update(models.observations(buffer, np.arange(5)))
+    torch.manual_seed(1)
+    straight.policy_update(straight.observations(buffer, range(5)))
+    assert parts["value_loss"] > 0 and parts["dream_return"] != 0
+    assert_same_step(models.policy, straight.policy, rtol=1e-2)          # after 15 steps of Adam
+
+
+def test_acting_is_the_straightforward_one(monkeypatch):
+    """Eq. 8: the same actions on the same observations."""
+    models, straight, buffer = both_ways(monkeypatch)
+    x = buffer.stacked(np.arange(40))
+    actions = models.act(x, 1.5)
+    assert np.array_equal(actions, straight.act(x, 1.5)) and len(set(actions)) > 1
+
+
+# ----------------------------------------------------------------------------------------------
 # The house itself
 # ----------------------------------------------------------------------------------------------
 
@@ -1986,3 +2271,100 @@ def test_no_line_is_longer_than_100_characters():
             for number, line in enumerate(path.read_text().splitlines(), 1)
             if len(line) > 100]
     assert not long, f"{len(long)} long lines: {' '.join(long[:20])}"
+
+
+# ----------------------------------------------------------------------------------------------
+# python test_all.py: how much faster?
+# ----------------------------------------------------------------------------------------------
+
+
+def whole_run(config, costs):
+    """Of one call of each of train.stage_jobs -> of all rounds, whatever the cost is measured in.
+    The emulator is left out: it is the same for all."""
+    rates = train.rates_from(costs, config, emulator=0.0)
+    return sum(rates[stage] * count for iteration in range(config.iterations)
+               for stage, count in train.work(config, iteration).items())
+
+
+def compare_speed(config, rounds):
+    """Prints ms per unit of work of each stage: straightforward, ours in float32, ours in bfloat16.
+
+    All three take turns, and the fastest of the rounds counts: what other processes add is no
+    property of the code. 18 actions, as in the paper's tables.
+    """
+    fp32 = train.Models(dataclasses.replace(config, bf16=False), 18)
+    ways = {"straight": Straightforward(fp32), "float32": fp32}
+    if train.has_bf16(fp32.device):
+        ways["bfloat16"] = train.Models(dataclasses.replace(config, bf16=True), 18)
+    buffer = noise(2000)
+    jobs = {way: train.stage_jobs(config, models, buffer) for way, models in ways.items()}
+    rate = {way: train.matmul_rate(fp32.device, torch.bfloat16 if way == "bfloat16"
+                                   else torch.float32) for way in ways}
+    seconds = {way: {} for way in ways}
+    print(f"{config.preset}, {torch.get_num_threads()} threads; matrix products: "
+          + ", ".join(f"{way} {rate[way]:.0f} GFLOP/s" for way in list(ways)[1:]))
+    print(f"{'stage':18s} {'GFLOP':>12s}" + "".join(f"{way:>12s}" for way in ways)
+          + "   of matmul straight / ours")
+    gflops = {}
+    for stage in jobs["float32"]:
+        with FlopCounterMode(display=False) as counter:
+            jobs["float32"][stage][1]()
+        measured = {way: [] for way in ways}
+        for turn in range(rounds + 1):
+            for way in ways:
+                units, job = jobs[way][stage]
+                measured[way].append(train.seconds_of(job, fp32.device) / units)
+        for way in ways:                                                 # the first turn warms up
+            seconds[way][stage] = min(measured[way][1:])
+        gflops[stage] = counter.get_total_flops() / units / 1e9
+        print_row(stage, gflops[stage], {w: seconds[w][stage] for w in ways}, rate)
+    whole = {way: whole_run(config, seconds[way]) for way in ways}
+    print_row("whole run", whole_run(config, gflops), whole, rate, unit="h ")
+
+
+def print_row(name, gflop, seconds, rate, unit="ms"):
+    """seconds: of each way; the share of the matrix products' rate is the last way's."""
+    scale, best = 1000 if unit == "ms" else 1 / 3600, list(seconds)[-1]
+    share = gflop / seconds[best] / rate[best]
+    print(f"{name:18s} {gflop:12.2f}" + "".join(f"{scale * s:12.1f}" for s in seconds.values())
+          + f" {unit} {share:8.0%} {seconds['straight'] / seconds[best]:9.2f}", flush=True)
+
+
+def compare_sizes(config, rounds):
+    """Prints ms per unit of work of each stage with 12,800 and with 102,400 frames in the buffer:
+    it should be the same. Also what is done once per epoch, shared out among its updates."""
+    models, sizes = train.Models(config, 18), (12_800, 102_400)
+    buffers = {size: noise(size) for size in sizes}
+    jobs = {size: train.stage_jobs(config, models, buffers[size]) for size in sizes}
+    for size in sizes:
+        batches, run = train.batches_per_epoch(config, size), types.SimpleNamespace(
+            buffer=buffers[size], models=models)
+        jobs[size] |= {
+            "background": (1, functools.partial(train.background, run)),
+            "an epoch's windows": (batches, functools.partial(
+                train.epoch_of_windows, buffers[size], config, batches, np.random.default_rng(0)))}
+    print("\nframes in the buffer" + "".join(f"{size:12,d}" for size in sizes) + "     ratio")
+    for stage in jobs[sizes[0]]:
+        measured = {size: [] for size in sizes}
+        for _ in range(rounds + 1):
+            for size in sizes:
+                units, job = jobs[size][stage]
+                measured[size].append(train.seconds_of(job, models.device) / units)
+        few, many = (1000 * min(measured[size][1:]) for size in sizes)
+        print(f"{stage:20s}{few:12.4f}{many:12.4f} ms {many / few:6.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Measures the code against a straightforward "
+                                                 "version. (The tests: python -m pytest.)")
+    parser.add_argument("--preset", choices=("paper", "small"), default="paper")
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of each, by turns")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    # What `small` adds to the paper's VQ-VAE has no straightforward counterpart: it is left out.
+    config = train.settings_from({"preset": arguments.preset, "device": "cpu", "foreground": 0.0,
+                                  "revive_codes": False})
+    train.keep_freed_memory()                                            # for all alike
+    compare_speed(config, arguments.rounds)
+    compare_sizes(config, arguments.rounds)
