@@ -3,7 +3,7 @@
     python evaluate.py runs/Freeway-small-s0             # 32 episodes with the newest checkpoint
     python evaluate.py --random --game Freeway           # the random policy, by the same protocol
     python evaluate.py runs/*                            # one table of all runs, Tables 4 and 5
-    python evaluate.py runs/* --plot curves.png          # and their learning curves, Figure 4
+    python evaluate.py runs/* --plot curves.png          # their learning curves, Figures 4 and 5
     python evaluate.py runs/Pong-small-s0 --fidelity     # where does its dream go wrong?
     python evaluate.py runs/Pong-small-s0 --dream dream.gif    # the dream beside the real game
     python evaluate.py runs/Pong-small-s0 --video play.gif     # the policy, and what it sees
@@ -74,11 +74,19 @@ class RandomPolicy:
         return self.rng.integers(self.num_actions, size=len(observations))
 
 
+def is_ppo(folder):
+    """Is this the folder of a run of ppo.py, the model-free baseline?"""
+    path = pathlib.Path(folder) / "config.json"
+    return path.exists() and read_json(path).get("preset") == "ppo"
+
+
 def load_models(folder, device):
     """Run folder -> (models with the checkpoint's weights, its settings, interactions so far)."""
     folder = pathlib.Path(folder)
     if not folder.is_dir():
         raise UserError(f"there is no run folder {folder}")
+    if is_ppo(folder):
+        raise UserError(f"{folder} is a run of ppo.py, which keeps no weights to play with")
     state, _ = newest_checkpoint(folder)
     config = config_from(state["config"])
     config.device = device
@@ -175,6 +183,8 @@ def read_run(folder):
     interactions = int(rows[-1]["interactions"]) if rows else 0
 
     expected = dataclasses.asdict(Config(**PRESETS.get(run["preset"], {})))
+    if run["preset"] == "ppo":                          # of ppo.py, which has other settings
+        expected = config | {"interactions": 102_400}
     changed = {}
     for name in sorted(set(config) | set(expected)) if config else ():
         value, usual = config.get(name), expected.get(name)
@@ -346,20 +356,23 @@ def table(groups):
 def curves(group):
     """Scores of a group's runs over time -> (interactions int [P], scores float [runs, P]).
 
-    P: the rounds after which every run of the group was evaluated.
+    P: the rounds after which every run of the group was evaluated. Of a run of ppo.py: where
+    episodes of its training ended; it is evaluated only at the end.
     """
-    runs = [{int(row["interactions"]): row["real_return"] for row in run["rows"]
-             if "real_return" in row} for run in group]
+    name = "collect_return" if group[0]["preset"] == "ppo" else "real_return"
+    runs = [{int(row["interactions"]): row[name] for row in run["rows"] if name in row}
+            for run in group]
     points = sorted(set.intersection(*map(set, runs)))
     return np.array(points, int), np.array([[run[x] for x in points] for run in runs])
 
 
 def plot(groups, path):
-    """Figure 4: score against real interactions, one panel per game.
+    """Figure 4: score against real interactions, one panel per game. With runs of ppo.py also
+    Figure 5: model-free PPO beside it.
 
-    Mean over seeds with its standard deviation, the best seed (by its final score), and the final
-    means of the paper and of SimPLe as horizontal lines. A run that stopped early is a line of its
-    own. Line styles, hatches and markers tell everything apart without colour.
+    Mean over seeds with its standard deviation, the best seed (by its final score), and the
+    published final means as horizontal lines. A run that stopped early is a line of its own.
+    Line styles, hatches and markers tell everything apart without colour.
     """
     import matplotlib
     matplotlib.use("Agg")
@@ -367,7 +380,7 @@ def plot(groups, path):
     games = list(dict.fromkeys(group[0]["game"] for group in groups))
     columns = min(len(games), 3)
     lines = -(-len(games) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(5.2 * columns, 4 * lines), squeeze=False)
+    figure, axes = plt.subplots(lines, columns, figsize=(5.2 * columns, 4.8 * lines), squeeze=False)
     for ax in axes.flat[len(games):]:
         ax.axis("off")
     for ax, game in zip(axes.flat, games):
@@ -376,33 +389,38 @@ def plot(groups, path):
                     ("//", "\\\\", "..", "xx") * len(mine))
         for group in mine:
             x, scores = curves(group)
-            name = f"preset {group[0]['preset']}" + (f" ({', '.join(group[0]['changed'])} changed)"
-                                         if group[0]["changed"] else "")
+            is_free = group[0]["preset"] == "ppo"
+            name = "model-free PPO in training" if is_free else f"preset {group[0]['preset']}"
+            if group[0]["changed"]:
+                name += f" ({', '.join(group[0]['changed'])} changed)"
             if not group[0]["finished"]:
                 ax.plot(x, scores.T, ":", color="0.5", marker="x", markersize=4,
                         label=f"{name}, seed {group[0]['seed']}, stopped early")
                 continue
-            color, line, hatch = next(looks)
+            color, line, hatch = next(looks) if not is_free else ("C3", (0, (1, 1)), "++")
             mean, std, n = scores.mean(0), scores.std(0), len(group)
-            ax.plot(x, mean, line, color=color, linewidth=2.5,
+            ax.plot(x, mean, linestyle=line, color=color, linewidth=2.5,
                     label=f"{name}, mean of {n} seeds" if n > 1 else f"{name}, one seed")
             if n > 1:
                 ax.fill_between(x, mean - std, mean + std, facecolor="none", edgecolor=color,
                                 hatch=hatch, alpha=0.4, linewidth=0.5, label="+- std over seeds")
                 best = max(range(n), key=lambda i: np.mean(group[i]["returns"]))
-                ax.plot(x, scores[best], line, color=color, linewidth=1, marker="o", markersize=4,
-                        label=f"best seed ({group[best]['seed']})")
+                ax.plot(x, scores[best], linestyle=line, color=color, linewidth=1, marker="o",
+                        markersize=4, label=f"best seed ({group[best]['seed']})")
         if game in PUBLISHED:
-            _, _, paper, simple, _ = PUBLISHED[game]
+            _, _, paper, simple, free = PUBLISHED[game]
             ax.axhline(paper[0], color="k", linestyle=(0, (7, 2)), linewidth=1.2,
                        label=f"paper, published final mean {paper[0]:g}")
             ax.axhline(simple[0], color="k", linestyle=(0, (1, 2)), linewidth=1.6,
                        label=f"SimPLe, published final mean {simple[0]:g}")
+            if any(group[0]["preset"] == "ppo" for group in mine):
+                ax.axhline(free[0], color="k", linestyle=(0, (5, 2, 1, 2)), linewidth=0.8,
+                           label=f"PPO 100K, published final mean {free[0]:g}")
         ax.set_title(game)
         ax.set_xlabel("real interactions (x4 = frames)")
         ax.set_ylabel("score of an episode")
         ax.grid(alpha=0.3)
-        ax.legend(fontsize=7)
+        ax.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     figure.tight_layout()
     data = io.BytesIO()
     figure.savefig(data, format=pathlib.Path(path).suffix[1:], dpi=100)
@@ -798,7 +816,7 @@ def main(arguments=None):
             show_fidelity(args)
         elif looks:
             show_pictures(args)
-        elif len(args.runs) > 1 or args.plot:
+        elif len(args.runs) > 1 or args.plot or not args.random and is_ppo(args.runs[0]):
             judge_many(args)
         else:
             judge_one(args)

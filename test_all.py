@@ -37,6 +37,7 @@ import torch.nn.functional as F                # need not import it
 from gymnasium.utils.env_checker import check_env
 
 import evaluate
+import ppo
 import train
 from atari import AtariEnv, ExperienceBuffer, area_matrix
 from convlstm import ConvLSTMCell
@@ -868,6 +869,149 @@ def test_ppo_update_visits_every_sample_and_limits_the_gradient():
     assert all(sorted(epoch) == list(range(30)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4              # in another order each time
     assert steps == pytest.approx([0.5] * 16, rel=1e-3)
+
+
+def test_the_pixel_network_is_the_usual_one():
+    """Mnih et al. (2015): 8x8/4, 4x4/2, 3x3/1 convolutions and 512 units; here with two heads."""
+    network = ppo.PixelNet(6)
+    count = sum(p.numel() for p in network.parameters())
+    convolutions = (4 * 64 + 1) * 32 + (32 * 16 + 1) * 64 + (64 * 9 + 1) * 64
+    assert count == convolutions + (64 * 7 * 7 + 1) * 512 + (512 + 1) * (6 + 1)
+    logits, values = network(torch.randint(256, (3, 4, 84, 84), dtype=torch.uint8))
+    assert logits.shape == (3, 6) and values.shape == (3,)
+    assert logits.abs().max() < 0.5            # close to the uniform policy at first
+
+
+def test_the_baseline_plays_the_same_game():
+    """Model-free PPO sees what AtariEnv shows, from an independent implementation: grey, maximum of
+    the last two of four frames, 84x84 by area; no sticky actions, no fire at reset."""
+    envs = ppo.atari_envs("Breakout", 2)
+    observation, info = envs.reset(seed=3)
+    own = [AtariEnv("Breakout", size=84, noop_max=0) for _ in range(2)]
+    for env, noops in zip(own, info["frame_number"]):
+        assert 0 <= noops <= 30
+        env.reset(seed=0)
+        for _ in range(noops):
+            screen = env.ale.step(0)[0]
+        assert np.abs(env.resize(screen) - observation[own.index(env), 3].astype(int)).max() <= 1
+    points, rng = 0, np.random.default_rng(0)
+    for t in range(120):
+        actions = np.array([1, 1]) if t % 20 == 0 else rng.integers(4, size=2)
+        observation, rewards, terminated, truncated, _ = envs.step(actions)
+        for i, env in enumerate(own):
+            frame, reward, over, _ = env.step(actions[i])
+            assert np.abs(frame.astype(int) - observation[i, 3]).max() <= 1, (t, i)
+            assert rewards[i] == reward and over == terminated[i]
+            points += reward
+    assert points > 0
+    # Rewards are not clipped: a bank in BankHeist pays 10 and more.
+    envs = ppo.atari_envs("BankHeist", 1)
+    envs.reset(seed=0)
+    paid = {int(envs.step(rng.integers(18, size=1))[1][0]) for _ in range(400)}
+    assert max(paid) >= 10
+    with pytest.raises(ValueError, match="nearest names: Freeway"):
+        ppo.atari_envs("Freewya", 1)
+
+
+class Clock(gym.vector.VectorEnv):
+    """Environment i pays 1, 2, 3, .. points, ends after 3 + i steps: the first by the clock."""
+
+    single_action_space = gym.spaces.Discrete(2)
+
+    def __init__(self, num_envs):
+        self.num_envs, self.last = num_envs, 3 + np.arange(num_envs)
+
+    def reset(self, seed=None):
+        self.t = np.zeros(self.num_envs, int)
+        return self.t[:, None].astype(np.float32), {}
+
+    def step(self, actions):
+        self.t += 1
+        points, over = self.t.copy(), self.t == self.last
+        info = {"final_obs": np.where(over, self.t, 0)[:, None].astype(np.float32)}
+        self.t[over] = 0
+        return (self.t[:, None].astype(np.float32), points, over & (self.last > 3),
+                over & (self.last == 3), info)
+
+
+class ValueIsSum(torch.nn.Module):
+    """V(x) = the sum of x, and two equally likely actions."""
+
+    def __init__(self, num_actions=2):
+        super().__init__()
+        self.zero = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        return self.zero.expand(len(x), 2), x.flatten(1).float().sum(1) + self.zero.detach()
+
+
+def test_a_rollout_bootstraps_where_the_clock_cut_it():
+    """Rewards of a cut episode's last step hold gamma V of its last observation; whole_episodes
+    counts each environment's first episode and no more."""
+    envs, network = Clock(2), ValueIsSum()
+    last, observations, rollout = ppo.play(network, envs, envs.reset()[0], 5, 0.5, True)
+    assert observations[:, :, 0].T.tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 3, 0]]
+    assert last[:, 0].tolist() == [2, 1]
+    assert rollout["points"].T.tolist() == [[1, 2, 3, 1, 2], [1, 2, 3, 4, 1]]
+    assert rollout["rewards"].T.tolist() == [[1, 1, 1 + 0.5 * 3, 1, 1], [1, 1, 1, 1, 1]]
+    assert rollout["dones"].T.tolist() == [[False, False, True, False, False],
+                                           [False, False, False, True, False]]
+    assert rollout["values"].tolist() == observations[:, :, 0].tolist()
+    np.testing.assert_allclose(rollout["log_probs"], math.log(0.5), rtol=1e-6)
+    unclipped = ppo.play(network, envs, envs.reset()[0], 2)[2]
+    assert unclipped["rewards"].T.tolist() == [[1, 2], [1, 2]]
+    assert ppo.whole_episodes(network, envs, 0) == [6, 10]
+
+
+def test_the_baseline_leaves_a_run_that_evaluate_reads(tmp_path, capsys, monkeypatch):
+    """Ppo.py --game writes what the table and Figure 5 need; a stopped one is shown as such."""
+    played = []
+    monkeypatch.setattr(ppo, "PixelNet", ValueIsSum)
+    monkeypatch.setattr(ppo, "atari_envs", lambda game, num_envs: Clock(num_envs))
+    monkeypatch.setattr(ppo, "whole_episodes", lambda network, envs, seed: (
+        played.append(seed), [float(len(played))] * 8)[1])
+    monkeypatch.setattr(sys, "argv", ["ppo.py", *f"--game Breakout --interactions 2100 --out "
+                                      f"{tmp_path} --seed 3 --device cpu".split()])
+    ppo.main()
+    said, folder = capsys.readouterr().out, tmp_path / "Breakout-ppo-s3"
+    assert "training takes about" in said and "mean 2.5" in said and "over 32 episodes" in said
+    result = json.loads((folder / "evaluation.json").read_text())
+    assert result["returns"] == [1.0] * 8 + [2.0] * 8 + [3.0] * 8 + [4.0] * 8
+    assert result["interactions"] == 2048 and result["protocol"] == train.PROTOCOL
+    run = evaluate.read_run(folder)
+    scores = [n * (n + 1) / 2 for n in range(3, 11) for _ in range(256 // n)]
+    mean = sum(scores) / len(scores)           # of all training episodes, each in points
+    assert run["changed"] == {"interactions": 2048} and run["preset"] == "ppo"
+    row, = run["rows"]
+    assert row["collect_return"] == pytest.approx(mean) and row["real_return"] == 2.5
+    with pytest.raises(SystemExit, match="already holds a run"):
+        ppo.main()
+    text = judged(capsys, folder)              # one run of ppo.py: nothing to play with, so a table
+    assert "2.5" in text and "5.9 (3.3)" in text and "ppo with interactions=2048" in text
+    assert_main_refuses("keeps no weights", evaluate.main, folder, "--fidelity")
+
+    ours = made_up_run(tmp_path, "Breakout", 0, [9.0])
+    whole = [json.loads((folder / "config.json").read_text()) | {"interactions": 102_400,
+                                                                 "seed": s} for s in (1, 2, 3)]
+    for i, config in enumerate(whole):
+        other = tmp_path / f"other{i}"
+        shutil.copytree(folder, other)
+        (other / "config.json").write_text(json.dumps(config))
+        (other / "evaluation.json").write_text(json.dumps(
+            result | {"seed": config["seed"], "interactions": 102_400}))
+    (tmp_path / "other2" / "evaluation.json").unlink()
+    drawn = {}
+    monkeypatch.setattr(matplotlib.pyplot, "close", lambda figure: drawn.update(figure=figure))
+    text = judged(capsys, ours, *tmp_path.glob("other*"), "--plot", tmp_path / "a.png")
+    assert re.search(r"Breakout +ppo +1,2 +64 +102,400 \| +2.5 \(0.0\)", text), text
+    assert "other2 stopped early" in text
+    lines = {line.get_label(): line for line in drawn["figure"].axes[0].lines}
+    curve = lines["model-free PPO in training, mean of 2 seeds"]
+    assert curve.get_ydata().tolist() == [run["rows"][-1]["collect_return"]]
+    assert "PPO 100K, published final mean 5.9" in lines
+    looks = [(line.get_linestyle(), line.get_linewidth(), line.get_marker(),
+              str(line._dash_pattern)) for line in lines.values()]
+    assert len(set(looks)) == len(looks)
 
 
 # ----------------------------------------------------------------------------------------------
