@@ -1026,6 +1026,17 @@ def tiny_models(device="cpu", **settings):
     return train.Models(train.Config(device=device, **small | settings), num_actions=M)
 
 
+def certain_models(**settings):
+    """Untrained tiny models whose predictions are certain: sampling is taking the likeliest."""
+    torch.manual_seed(1)
+    models = tiny_models(**settings)
+    with torch.no_grad():
+        models.dynamics.code_head.weight *= 1e4
+        models.dynamics.reward_head.linear2.weight *= 1e5
+        models.dynamics.reward_head.linear2.bias.zero_()
+    return models
+
+
 def tiny_windows(device="cpu", B=2, L=6):
     """x, actions, rewards, ends of windows as the world model's update wants them."""
     x = torch.zeros(B, L, 4, 96, 96, dtype=torch.uint8, device=device)
@@ -1055,7 +1066,8 @@ def test_the_paper_preset_is_the_paper():
         dynamics_lr=5e-4, reward_lr=1e-3, reward_weight=1e-6, dreams=16, dream_steps=50,
         ppo_epochs=4, minibatch=256, gamma=0.99, lam=0.95, clip=0.1, value_clip=0.1,
         value_coef=0.5, entropy_coef=0.01, policy_lr=2.5e-4, max_grad_norm=0.5,
-        collect_temperature=1.5, eval_temperature=1.0, vqvae_width=1.0, policy_width=1.0)
+        collect_temperature=1.5, eval_temperature=1.0, temperature=1.0, vqvae_width=1.0,
+        policy_width=1.0)
     assert {name: getattr(config, name) for name in said} == said
     assert all(f.metadata["help"] for f in dataclasses.fields(config))
 
@@ -1119,6 +1131,28 @@ def test_the_scaled_reward_loss_still_trains_its_head():
     models.world_model_update(x, actions, rewards + 1, ends, 1e-3, 4)
     # Adam's first step is the learning rate, whatever the gradient's scale.
     torch.testing.assert_close(head - before, torch.tensor([-1e-3, -1e-3, 1e-3]), rtol=1e-2, atol=0)
+
+
+def test_flags_reach_the_dream():
+    """--temperature flattens the codes of training dreams, and only those; hyphens are fine too."""
+    given = vars(train.parse(["--temperature", "50", "--dream-steps=7", "--gamma=0.5"]))
+    config = train.settings_from({"preset": "smoke"} | {
+        name: given[name] for name in ("temperature", "dream_steps", "gamma")})
+    assert (config.temperature, config.dream_steps, config.gamma) == (50, 7, 0.5)
+    with pytest.raises(train.UserError, match="--temperature must be more than 0"):
+        train.check(dataclasses.replace(config, temperature=0.0))
+
+    def dreamed(temperature):
+        models, seen = certain_models(temperature=temperature), []
+        embed = models.vqvae.embed
+        models.vqvae.embed = lambda codes: (seen.append(codes), embed(codes))[1]
+        torch.manual_seed(3)
+        models.policy_update(tiny_windows()[0][0])
+        return torch.stack(seen[:4])           # [T, B, 6, 6]
+
+    cold, same, hot = dreamed(1.0), dreamed(1.0), dreamed(1e9)
+    assert torch.equal(cold, same) and torch.equal(cold[0], hot[0])      # the starts are real
+    assert (cold[1] != hot[1]).float().mean() > 0.9
 
 
 def test_with_bfloat16_each_gradient_step_sees_the_one_before():
@@ -1458,17 +1492,6 @@ def test_plot_draws_figure_4(tmp_path, capsys, monkeypatch):
     assert_main_refuses("there is no folder", evaluate.main, runs[0], "--plot", nowhere)
     new = made_up_run(tmp_path / "new", "Pong", 1, None, rows=0)
     assert_main_refuses("nothing to plot", evaluate.main, new, "--plot", picture)
-
-
-def certain_models():
-    """Untrained tiny models whose predictions are certain: sampling is taking the likeliest."""
-    torch.manual_seed(1)
-    models = tiny_models()
-    with torch.no_grad():
-        models.dynamics.code_head.weight *= 1e4
-        models.dynamics.reward_head.linear2.weight *= 1e5
-        models.dynamics.reward_head.linear2.bias.zero_()
-    return models
 
 
 def test_open_loop_dreams_each_stretch_as_if_it_were_alone():

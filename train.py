@@ -107,6 +107,7 @@ class Config:
     policy_width: float = setting(1.0, "hidden units, times (paper, Table 3)")
     dreams: int = setting(16, "dreams side by side (released)")
     dream_steps: int = setting(50, "steps until every dream ends (paper 3.4)")
+    temperature: float = setting(1.0, "of the codes in dreams (Ha & Schmidhuber, Table 2)")
     ppo_updates: tuple = setting(
         (1000,) * 7 + (2000,) + (1000,) * 3 + (2000,) + (1000,) * 2 + (3000,),
         "rollouts and PPO updates in each round (released)")
@@ -167,7 +168,8 @@ def check(config):
     for name in ("iterations", "interactions", "warmup_batch", "vqvae_every", "vqvae_batch",
                  "hidden", "dynamics_batch", "dreams", "dream_steps", "ppo_epochs",
                  "final_episodes", "vqvae_width", "policy_width", "collect_temperature",
-                 "eval_temperature", "scale", "random_hold", "checkpoint_minutes", "max_logit"):
+                 "eval_temperature", "temperature", "scale", "random_hold", "checkpoint_minutes",
+                 "max_logit"):
         if getattr(config, name) <= 0:
             raise UserError(f"--{name} must be more than 0")
     if config.window < 2 or config.context < 1 or config.minibatch < 2:
@@ -296,7 +298,7 @@ class Models:
         c = self.config
         with self.autocast():
             rollout = dream(self.dynamics, self.vqvae.embed, self.policy, self.vqvae.encode(x),
-                            c.dream_steps)
+                            c.dream_steps, c.temperature)
             T, B = rollout["actions"].shape
             observations = self.vqvae.embed(rollout["codes"].flatten(0, 1)).unflatten(0, (T, B))
         with self.autocast(cache=False):
@@ -1218,7 +1220,16 @@ def parse(arguments):
             parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, type=kind,
                                 choices=choices, metavar=None if choices else kind.__name__,
                                 help=f"{f.metadata['help']} [{shown}]".replace("%", "%%"))
-    return parser.parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    return parser.parse_args([underscores(argument) for argument in arguments])
+
+
+def underscores(argument):
+    """"--policy-memory=true" -> "--policy_memory=true": flags may be written either way."""
+    flag, equals, value = argument.partition("=")
+    if not flag.startswith("--"):
+        return argument
+    return "--" + flag[2:].replace("-", "_") + equals + value
 
 
 def boolean(text):
