@@ -1653,6 +1653,128 @@ def test_dream_and_video_pictures(tmp_path, monkeypatch, capsys):
         assert_main_refuses(saying, evaluate.main, "run", *arguments)
 
 
+def test_virtual_scores_against_plain_loops(monkeypatch, capsys):
+    """Ha & Schmidhuber, Table 2: what the policy is paid in the game and in dreams from there."""
+    rng, steps = np.random.default_rng(1), 20
+    models, buffer = tiny_models(), ExperienceBuffer(120)
+    ends = np.zeros(120, bool)
+    ends[[5, 40, 119]] = True                  # episodes of 6, 35 and 79 steps
+    buffer.add(rng.integers(0, 256, (120, 96, 96), np.uint8), rng.integers(M, size=120),
+               rng.choice([-3., 0, 1, 7], 120), ends, np.zeros(120, bool))
+    starts = [s for s in range(101) if not ends[s:s + steps - 1].any()]
+    assert len(starts) == 16 + 60
+
+    def made_up(dynamics, embed, policy, codes, length, temperature):
+        assert torch.equal(codes, evaluate.encoded(models, buffer)[starts])
+        return {"rewards": temperature * torch.arange(76.).expand(length, 76)}
+
+    monkeypatch.setattr(evaluate, "dream", made_up)
+    scores = evaluate.virtual_scores(models, buffer, steps)
+    assert scores["real"].tolist() == [np.clip(buffer.rewards[s:s + steps], -1, 1).sum()
+                                       for s in starts]
+    assert list(scores) == ["real", 0.1, 0.5, 1.0, 1.15, 1.3]
+    np.testing.assert_allclose(scores[0.5], 0.5 * steps * np.arange(76))
+    with pytest.raises(train.UserError, match="no episode lasted the 80 steps"):
+        evaluate.virtual_scores(models, buffer, 80)
+
+    models.config.dream_steps, models.config.temperature = steps, 1.5
+    monkeypatch.setattr(evaluate, "load_models", lambda *_: (models, models.config, 0))
+    monkeypatch.setattr(evaluate, "record", lambda *_, most: buffer)
+    row, = json.loads(judged(capsys, "run", "--sweep-temperature", "--json"))
+    returns = [buffer.rewards[a:b].sum() for a, b in ((0, 6), (6, 41), (41, 120))]
+    assert row["actual_score"] == pytest.approx(np.mean(returns))
+    assert row["actual_std"] == pytest.approx(np.std(returns))
+    assert row["actual_steps"] == pytest.approx(scores["real"].mean())
+    assert row["virtual_1.15"] == pytest.approx(1.15 * steps * 37.5)
+    assert row["virtual_1.15_std"] == pytest.approx(1.15 * steps * np.arange(76).std())
+    assert (row["trained_at"], row["steps"], row["moments"]) == (1.5, steps, 76)
+    text = judged(capsys, "run", "--sweep-temperature")
+    assert "at 1.15" in text and f"{1.15 * steps * 37.5:.2f} (" in text
+    assert_main_refuses("neither --random", evaluate.main, "run", "--sweep-temperature", "--play")
+
+
+def test_keys_become_the_games_actions():
+    """--play: arrows and fire, whatever of them the game has."""
+    pong, freeway, all_ = "NOOP FIRE RIGHT LEFT RIGHTFIRE LEFTFIRE", "NOOP UP DOWN", (
+        "NOOP FIRE UP RIGHT LEFT DOWN UPRIGHT UPLEFT DOWNRIGHT DOWNLEFT UPFIRE RIGHTFIRE LEFTFIRE "
+        "DOWNFIRE UPRIGHTFIRE UPLEFTFIRE DOWNRIGHTFIRE DOWNLEFTFIRE")
+    for names, held, expected in (
+            (pong, "", "NOOP"), (pong, "x", "NOOP"), (pong, "right", "RIGHT"),
+            (pong, "up", "RIGHT"),
+            (pong, "down f", "LEFTFIRE"), (pong, "enter", "FIRE"), (freeway, "up", "UP"),
+            (freeway, "up f", "UP"), (freeway, "left", "NOOP"), (freeway, "down right", "DOWN"),
+            (all_, "up right enter", "UPRIGHTFIRE"), (all_, "down left", "DOWNLEFT")):
+        names = names.split()
+        assert names[evaluate.action_of(set(held.split()), names)] == expected, held
+
+
+def test_a_person_plays_in_the_dream(monkeypatch, tmp_path):
+    """--play, by key events: steps under the keys held, restart, temperature, policy and back."""
+    from matplotlib.backend_bases import KeyEvent
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    models = certain_models()
+    names = ["NOOP", "FIRE", "UP"]
+    starts = torch.randint(128, (3, 6, 6))
+    figure = matplotlib.figure.Figure()
+    canvas = FigureCanvasAgg(figure)
+    player = evaluate.Player(models, starts, names, figure, seed=4)
+
+    def keys(kind, *pressed):
+        for name in pressed:
+            event = KeyEvent(f"key_{kind}_event", canvas, name)
+            canvas.callbacks.process(event.name, event)
+
+    def said():
+        return player.caption.get_text()
+
+    assert "score 0   step 0   NOOP" in said() and "you play" in said()
+    keys("press", "up")
+    z, state = player.env.codes, models.dynamics.initial_state(1)
+    assert any(torch.equal(z[0], start) for start in starts)
+    score = 0
+    for t, action in enumerate([2, 2, 0, 1]):
+        if t == 2:
+            keys("release", "up")
+        if t == 3:
+            keys("press", "F")                 # with caps lock
+        player.tick()
+        with torch.no_grad():
+            logits, rewards, state = models.dynamics(models.vqvae.embed(z), torch.tensor([action]),
+                                                     state)
+        z, score = logits.argmax(1), score + int(rewards.argmax()) - 1
+        assert torch.equal(player.env.codes, z)
+        assert said().startswith(f"score {score:g}   step {t + 1}   {names[action]} ")
+        shown = models.vqvae.decode(z)[0, -1].detach().numpy()
+        np.testing.assert_allclose(player.images[0].get_array(), shown, rtol=1e-5)
+        assert np.array_equal(player.images[1].get_array(), z[0].numpy())
+
+    keys("press", "t", "T")
+    assert player.env.temperature == pytest.approx(1.21) and "temperature 1.21" in said()
+    keys("press", "g", "G", "shift+g")
+    assert player.env.temperature == pytest.approx(1 / 1.1)
+    with torch.no_grad():
+        models.policy.actor.bias[2] = 1e6      # a policy that always goes up
+    keys("press", " ")
+    player.tick()
+    assert "the policy plays" in said() and "UP" in said()
+    keys("press", " ")
+    player.tick()
+    assert "you play" in said() and "FIRE" in said()       # the key is still held down
+    keys("press", "r")
+    assert said().startswith("score 0   step 0")
+    assert any(torch.equal(player.env.codes[0], start) for start in starts)
+    began = set()
+    for _ in range(20):
+        keys("press", "r")
+        began.add(tuple(player.env.codes.flatten().tolist()))
+    canvas.draw()
+    assert len(began) == 3                     # every real moment is a start
+
+    with monkeypatch.context() as patch:       # where there is no display
+        patch.setattr(evaluate, "load_models", lambda *_: pytest.fail("too early"))
+        assert_main_refuses("no display here", evaluate.main, tmp_path, "--play")
+
+
 class CountingWorld:
     """A dynamics made by hand. Codes 0..7 as one-hot vectors; every place moves on by the action,
     in the n-th step of an episode by n more; action 2 pays 1, action 0 costs 1.
