@@ -185,7 +185,7 @@ def dream_step(dynamics, z, action, state, temperature=1.0, generator=None):
 
 
 @torch.no_grad()
-def dream(dynamics, embed, policy, start_codes, steps=50, temperature=1.0):
+def dream(dynamics, embed, policy, start_codes, steps=50, temperature=1.0, memory=False):
     """Imagined experience: the only experience the policy is ever trained on (Section 3.4).
 
     start_codes  int64 [B, 6, 6]: codes of real observations, drawn at random from all that was
@@ -195,23 +195,26 @@ def dream(dynamics, embed, policy, start_codes, steps=50, temperature=1.0):
     steps        T = 50; then every dreamed episode ends, since the model does not predict ends
     temperature  above 1 the next codes are drawn from a flatter distribution
                  (Ha & Schmidhuber, Table 2)
+    memory       the policy sees h_{t-1} of the second cell too (Eq. 5), as further channels:
+                 [B, D + C, 6, 6]
 
     Returns a dict of tensors with time first: codes [T, B, 6, 6], actions [T, B],
     log_probs [T, B], values [T, B], rewards float [T, B] in {-1, 0, 1},
-    dones bool [T, B] (true in the last row only).
+    dones bool [T, B] (true in the last row only); with memory also memory [T, B, C, 6, 6], the h
+    that the policy saw.
     """
     B, device = len(start_codes), start_codes.device
     codes, state, rows = start_codes, dynamics.initial_state(B), []
     for _ in range(steps):
-        z = embed(codes)
-        action_logits, value = policy(z)
+        z, h = embed(codes), state[1][0] if memory else None
+        action_logits, value = policy(torch.cat([z, h], 1) if memory else z)
         action_logits = action_logits.float()
         action = sample(action_logits)                                           # Eq. 8
         log_prob = action_logits.log_softmax(1).gather(1, action[:, None])[:, 0]
         next_codes, reward, state = dream_step(dynamics, z, action, state, temperature)
-        rows.append((codes, action, log_prob, value.float(), reward))
+        rows.append((codes, action, log_prob, value.float(), reward, h)[:6 if memory else 5])
         codes = next_codes
-    names = ("codes", "actions", "log_probs", "values", "rewards")
+    names = ("codes", "actions", "log_probs", "values", "rewards", "memory")
     batch = {name: torch.stack(column) for name, column in zip(names, zip(*rows))}
     last = torch.arange(steps, device=device) == steps - 1
     return batch | {"dones": last[:, None].expand(steps, B)}

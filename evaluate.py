@@ -31,7 +31,7 @@ import torch
 from atari import AtariEnv, ExperienceBuffer
 from dynamics import DreamEnv, dream, reward_class, sample
 from train import (MAY_CHANGE, PRESETS, PROTOCOL, Config, Models, UserError, check, config_from,
-                   newest_checkpoint, open_loop, play_episodes, write_atomically)
+                   newest_checkpoint, open_loop, play_episodes, still_playing, write_atomically)
 from vqvae import foreground_error
 
 # Published: scores of a random policy and a human (Mnih et al., 2015, as the Atari 100K benchmark
@@ -72,8 +72,8 @@ class RandomPolicy:
     def __init__(self, num_actions, seed):
         self.num_actions, self.rng = num_actions, np.random.default_rng(seed)
 
-    def act(self, observations, temperature):
-        return self.rng.integers(self.num_actions, size=len(observations))
+    def act(self, observations, temperature, state=None):
+        return self.rng.integers(self.num_actions, size=len(observations)), None
 
 
 def is_ppo(folder):
@@ -473,16 +473,16 @@ def record(models, game, seeds, temperature, most):
     """
     envs = [AtariEnv(game, seed=seed) for seed in seeds]
     stacks = np.stack([[env.reset()] * 4 for env in envs])                       # [B, 4, 96, 96]
-    episodes, playing = [[] for _ in envs], np.arange(len(envs))
+    episodes, playing, state = [[] for _ in envs], np.arange(len(envs)), None
     for step in range(most):
-        actions, over = models.act(stacks[playing], temperature), []
+        (actions, state), over = models.act(stacks[playing], temperature, state), []
         for i, action in zip(playing, actions):
             frame, reward, terminated, truncated = envs[i].step(action)
             truncated |= step == most - 1
             episodes[i].append((stacks[i, -1].copy(), action, reward, terminated, truncated))
             stacks[i] = np.concatenate([stacks[i, 1:], frame[None]])
             over.append(terminated or truncated)
-        playing = playing[~np.array(over)]
+        playing, state = playing[~np.array(over)], still_playing(state, over)
         if not len(playing):
             break
     buffer = ExperienceBuffer(sum(map(len, episodes)))
@@ -616,7 +616,7 @@ def virtual_scores(models, buffer, steps, most=256):
     for temperature in TEMPERATURES:
         with models.autocast():
             rollout = dream(models.dynamics, models.vqvae.embed, models.policy, codes, steps,
-                            temperature)
+                            temperature, models.config.policy_memory)
         scores[temperature] = rollout["rewards"].sum(0).cpu()
     return {name: score.double().numpy() for name, score in scores.items()}
 
@@ -856,8 +856,10 @@ class Player:
         """One step of the dream under the keys held, or under the policy."""
         with self.models.autocast():
             if self.by_policy:
-                z = torch.from_numpy(self.observation).to(self.models.device)
-                self.action = int(sample(self.models.policy(z)[0], generator=self.env.generator))
+                x = torch.from_numpy(self.observation).to(self.models.device)
+                if self.models.config.policy_memory:
+                    x = torch.cat([x, self.env.state[1][0]], 1)
+                self.action = int(sample(self.models.policy(x)[0], generator=self.env.generator))
             else:
                 self.action = action_of(self.held, self.names)
             self.observation, reward, *_ = self.env.step(np.array([self.action]))

@@ -1155,6 +1155,114 @@ def test_flags_reach_the_dream():
     assert (cold[1] != hot[1]).float().mean() > 0.9
 
 
+def test_policy_memory_is_h_of_the_second_cell(monkeypatch):
+    """Eq. 5, Table 1's second form: the policy sees h_{t-1}, in dreams and in real play alike."""
+    assert not train.Config().policy_memory
+    given = vars(train.parse(["--policy-memory"]))
+    assert given["policy_memory"] is True
+    models = certain_models(policy_memory=True)
+    dynamics, embed, policy = models.dynamics, models.vqvae.embed, models.policy
+    assert policy.trunk[0].in_channels == 32 + 8
+
+    # In the dream: the h before each step, zero at first; what was seen is what PPO learns from.
+    batch = dream(dynamics, embed, policy, torch.randint(128, (3, 6, 6)), steps=5, memory=True)
+    state = dynamics.initial_state(3)
+    for t in range(5):
+        z = embed(batch["codes"][t])
+        assert torch.equal(batch["memory"][t], state[1][0])
+        with torch.no_grad():
+            logits, values = policy(torch.cat([z, state[1][0]], 1))
+            state = dynamics(z, batch["actions"][t], state)[2]
+        assert torch.equal(values, batch["values"][t])
+        chosen = logits.log_softmax(1).gather(1, batch["actions"][t][:, None])[:, 0]
+        assert torch.equal(chosen, batch["log_probs"][t])
+    assert state[1][0].abs().max() > 0
+    seen = []
+    monkeypatch.setattr(train, "ppo_update", lambda *a, **k: seen.append(a) or {})
+    monkeypatch.setattr(train, "dream", lambda *a: seen.append(dream(*a)) or seen[-1])
+    models.policy_update(tiny_windows()[0][0])
+    expected = torch.cat([torch.stack([embed(z) for z in seen[0]["codes"]]), seen[0]["memory"]], 2)
+    assert torch.equal(seen[1][2], expected)
+
+    # In the game: three episodes side by side, the middle one ends first.
+    x = np.random.default_rng(0).integers(0, 256, (4, 3, 4, 96, 96), np.uint8)
+    torch.manual_seed(0)
+    state, own = None, [dynamics.initial_state(1) for _ in range(3)]
+    playing = [0, 1, 2]
+    for t in range(4):
+        actions, state = models.act(x[t, playing], 1.0, state)
+        for i, (episode, action) in enumerate(zip(playing, actions)):
+            with torch.no_grad():
+                z = embed(models.vqvae.encode(torch.from_numpy(x[t, episode:episode + 1])))
+                own[episode] = dynamics(z, torch.tensor([action]), own[episode])[2]
+            for cell in range(2):
+                for mine, theirs in zip(state[cell], own[episode][cell]):
+                    torch.testing.assert_close(mine[i], theirs[0])
+        if t == 1:
+            playing, state = [0, 2], train.still_playing(state, [False, True, False])
+    with torch.no_grad():                      # a policy that acts on nothing but its memory
+        policy.trunk[0].weight[:, :32] = 0
+        torch.nn.init.normal_(policy.actor.weight)
+        logits = [policy(torch.cat([z, h], 1))[0] for h in (torch.zeros(1, 8, 6, 6), own[0][1][0])]
+    assert not torch.allclose(*logits)
+
+
+def test_memory_lasts_as_long_as_an_episode(monkeypatch):
+    """The state that `act` returned comes back with the next observation of the same episode."""
+    class Env:
+        """Frames show the episode's seed and step; an episode lasts seed steps."""
+
+        action_meanings, num_actions = ["NOOP"], 1
+
+        def __init__(self, game, seed):
+            self.seed = seed
+
+        def reset(self, seed=None):
+            self.t = 0
+            return np.array([[self.seed, 0]], np.uint8)
+
+        def step(self, action):
+            self.t += 1
+            return np.array([[self.seed, self.t]], np.uint8), 1.0, self.t == self.seed, False
+
+    class Watcher:
+        def __init__(self):
+            self.steps = 0
+
+        def act(self, observations, temperature, state=None):
+            seeds, steps = torch.from_numpy(observations[:, -1, 0].astype(np.int64)).T
+            if state is None:
+                assert (steps == 0).all()
+            else:
+                for h, c in state:
+                    assert torch.equal(h, seeds) and torch.equal(c, steps)
+            self.steps += len(seeds)
+            return np.zeros(len(seeds), np.int64), [(seeds, steps + 1), (seeds, steps + 1)]
+
+    monkeypatch.setattr(train, "AtariEnv", Env)
+    monkeypatch.setattr(evaluate, "AtariEnv", Env)
+    watcher = Watcher()
+    assert train.play_episodes(watcher, "Any", [3, 1, 4, 2], 1.0) == [3, 1, 4, 2]
+    assert watcher.steps == 10
+    monkeypatch.setattr(evaluate, "ExperienceBuffer", lambda n: types.SimpleNamespace(
+        add=lambda frames, *_: steps.append(len(frames))))
+    steps = []
+    evaluate.record(Watcher(), "Any", [3, 1, 4, 2], 1.0, most=3)
+    assert steps == [3, 1, 3, 2]
+
+    # Collecting: one environment, episode after episode.
+    shards, config = [], train.Config(iterations=1, first_interactions=1, interactions=11)
+    run = types.SimpleNamespace(
+        config=config, iteration=1, buffer=ExperienceBuffer(11), env=Env("Any", 4), shards=shards,
+        models=Watcher(), label=str, stop_signal=None, rates={}, add_time=lambda begun: None,
+        numpy_rng=lambda: np.random.default_rng(0), finish_stage=lambda *_, **figures:
+        shards.append(figures))
+    run.buffer.frames = np.zeros((11, 1, 2), np.uint8)
+    monkeypatch.setattr(train, "work", lambda *_: {"collect": 11})
+    train.collect(run)
+    assert run.models.steps == 11 and shards[1]["collect_episodes"] == 2
+
+
 def test_with_bfloat16_each_gradient_step_sees_the_one_before():
     """train.py, policy_update: autocast must not go on with copies of old weights."""
     torch.manual_seed(0)
@@ -1664,7 +1772,7 @@ def test_virtual_scores_against_plain_loops(monkeypatch, capsys):
     starts = [s for s in range(101) if not ends[s:s + steps - 1].any()]
     assert len(starts) == 16 + 60
 
-    def made_up(dynamics, embed, policy, codes, length, temperature):
+    def made_up(dynamics, embed, policy, codes, length, temperature, memory):
         assert torch.equal(codes, evaluate.encoded(models, buffer)[starts])
         return {"rewards": temperature * torch.arange(76.).expand(length, 76)}
 
@@ -1701,8 +1809,9 @@ def test_keys_become_the_games_actions():
     for names, held, expected in (
             (pong, "", "NOOP"), (pong, "x", "NOOP"), (pong, "right", "RIGHT"),
             (pong, "up", "RIGHT"),
-            (pong, "down f", "LEFTFIRE"), (pong, "enter", "FIRE"), (freeway, "up", "UP"),
-            (freeway, "up f", "UP"), (freeway, "left", "NOOP"), (freeway, "down right", "DOWN"),
+            (pong, "down f", "LEFTFIRE"), (pong, "enter", "FIRE"),
+            (freeway, "up", "UP"), (freeway, "up f", "UP"), (freeway, "left", "NOOP"),
+            (freeway, "down right", "DOWN"),
             (all_, "up right enter", "UPRIGHTFIRE"), (all_, "down left", "DOWNLEFT")):
         names = names.split()
         assert names[evaluate.action_of(set(held.split()), names)] == expected, held

@@ -108,6 +108,7 @@ class Config:
     dreams: int = setting(16, "dreams side by side (released)")
     dream_steps: int = setting(50, "steps until every dream ends (paper 3.4)")
     temperature: float = setting(1.0, "of the codes in dreams (Ha & Schmidhuber, Table 2)")
+    policy_memory: bool = setting(False, "the policy also sees h of the second cell (paper, Eq. 5)")
     ppo_updates: tuple = setting(
         (1000,) * 7 + (2000,) + (1000,) * 3 + (2000,) + (1000,) * 2 + (3000,),
         "rollouts and PPO updates in each round (released)")
@@ -213,7 +214,8 @@ class Models:
             self.vqvae = VQVAE(width=config.vqvae_width, commitment=config.commitment,
                                max_logit=config.max_logit)
             self.dynamics = Dynamics(num_actions, hidden=config.hidden)
-            self.policy = ActorCritic(num_actions, width=config.policy_width)
+            self.policy = ActorCritic(num_actions, width=config.policy_width,
+                                      code_dim=32 + config.hidden * config.policy_memory)
         self.background = torch.zeros(96, 96, dtype=torch.uint8, device=self.device)
         self.vqvae.eval()                       # train() only around its own updates: batch norms
         # The reward loss is scaled down by reward_weight for the trunk's sake. Adam divides the
@@ -298,9 +300,11 @@ class Models:
         c = self.config
         with self.autocast():
             rollout = dream(self.dynamics, self.vqvae.embed, self.policy, self.vqvae.encode(x),
-                            c.dream_steps, c.temperature)
+                            c.dream_steps, c.temperature, c.policy_memory)
             T, B = rollout["actions"].shape
             observations = self.vqvae.embed(rollout["codes"].flatten(0, 1)).unflatten(0, (T, B))
+            if c.policy_memory:
+                observations = torch.cat([observations, rollout["memory"]], 2)
         with self.autocast(cache=False):
             # The last step is terminal, so no value follows it.
             parts = ppo_update(self.policy, self.optimizers["policy"], observations, rollout,
@@ -310,14 +314,30 @@ class Models:
         return parts | {"dream_return": rollout["rewards"].sum(0).mean()}
 
     @torch.no_grad()
-    def act(self, observations, temperature):
-        """Observations uint8 numpy [B, 4, 96, 96] -> actions numpy int64 [B],
-        sampled (Eq. 2: z, then a).
+    def act(self, observations, temperature, state=None):
+        """Observations uint8 numpy [B, 4, 96, 96] -> (actions numpy int64 [B], state),
+        sampled (Eq. 2: z, then a; with policy_memory Eq. 5).
+
+        state: of the dynamics after the step before, as it was returned; None at the first step of
+        an episode, and always without policy_memory.
         """
         with self.autocast():
-            logits, _ = self.policy(self.vqvae.embed(
-                self.vqvae.encode(self.to_device(observations))))
-        return sample(logits, temperature).cpu().numpy()
+            x = z = self.vqvae.embed(self.vqvae.encode(self.to_device(observations)))
+            if self.config.policy_memory:
+                state = self.dynamics.initial_state(len(z)) if state is None else state
+                x = torch.cat([z, state[1][0]], 1)
+            actions = sample(self.policy(x)[0], temperature)
+            if self.config.policy_memory:
+                state = self.dynamics(z, actions, state)[2]
+        return actions.cpu().numpy(), state
+
+
+def still_playing(state, over):
+    """The dynamics' state without the rows of finished episodes. over: list of bool."""
+    if state is None or not any(over):
+        return state
+    rows = [i for i, ended in enumerate(over) if not ended]
+    return [(h[rows], c[rows]) for h, c in state]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -750,6 +770,7 @@ def collect(run):
     rng = run.numpy_rng()
     frame = run.env.reset(seed=int(rng.integers(2**31)))
     start, stack, score, returns = len(run.buffer), np.stack([frame] * 4), 0.0, []
+    state = None                                # what the policy remembers, with policy_memory
     steps, hold = work(c, run.iteration)["collect"], 0
     for step in tqdm(range(steps), desc=run.label(), leave=False, unit=" steps",
                      disable=not sys.stderr.isatty(), dynamic_ncols=True):
@@ -762,13 +783,14 @@ def collect(run):
                 hold = 2 ** int(rng.integers(longest.bit_length()))
             hold -= 1
         else:
-            action = int(run.models.act(stack[None], c.collect_temperature)[0])
+            actions, state = run.models.act(stack[None], c.collect_temperature, state)
+            action = int(actions[0])
         next_frame, reward, terminated, truncated = run.env.step(action)
         run.buffer.add(frame, action, reward, terminated, truncated or step == steps - 1)
         score += reward
         if terminated or truncated:
             returns.append(score)
-            next_frame, score = run.env.reset(), 0.0
+            next_frame, score, state = run.env.reset(), 0.0, None
             stack = np.stack([next_frame] * 4)
         else:
             stack = np.concatenate([stack[1:], next_frame[None]])
@@ -875,19 +897,19 @@ def play_episodes(models, game, seeds, temperature, stopped=lambda: False, label
     """
     envs = [AtariEnv(game, seed=seed) for seed in seeds]
     stacks = np.stack([[env.reset()] * 4 for env in envs])                       # [B, 4, 96, 96]
-    scores, playing = np.zeros(len(envs)), np.arange(len(envs))
+    scores, playing, state = np.zeros(len(envs)), np.arange(len(envs)), None
     with tqdm(desc=label, unit=" steps", disable=not sys.stderr.isatty(), leave=False) as bar:
         while len(playing):
             if stopped():
                 return None
-            actions, over = models.act(stacks[playing], temperature), []
+            (actions, state), over = models.act(stacks[playing], temperature, state), []
             for i, action in zip(playing, actions):
                 frame, reward, terminated, truncated = envs[i].step(action)
                 scores[i] += reward
                 stacks[i] = np.concatenate([stacks[i, 1:], frame[None]])
                 over.append(terminated or truncated)
             bar.update(len(playing))
-            playing = playing[~np.array(over)]
+            playing, state = playing[~np.array(over)], still_playing(state, over)
     return scores.tolist()
 
 
@@ -1210,7 +1232,8 @@ def parse(arguments):
         kind, shown = f.type, f.default
         if kind is bool:
             parser.add_argument(f"--{f.name}", metavar="true|false", default=argparse.SUPPRESS,
-                                type=boolean, help=f"{f.metadata['help']} [{str(shown).lower()}]")
+                                nargs="?", const=True, type=boolean,
+                                help=f"{f.metadata['help']} [{str(shown).lower()}]")
         elif kind is tuple:
             shown = ",".join(str(v) for v in shown)
             parser.add_argument(f"--{f.name}", metavar="N,N,..", default=argparse.SUPPRESS,
