@@ -617,7 +617,9 @@ def virtual_scores(models, buffer, steps, most=256):
         with models.autocast():
             rollout = dream(models.dynamics, models.vqvae.embed, models.policy, codes, steps,
                             temperature, models.config.policy_memory)
-        scores[temperature] = rollout["rewards"].sum(0).cpu()
+        # After the first end, if the model predicts ends, it is another dream.
+        before = rollout["dones"].long().cumsum(0) - rollout["dones"].long() == 0
+        scores[temperature] = (rollout["rewards"] * before).sum(0).cpu()
     return {name: score.double().numpy() for name, score in scores.items()}
 
 
@@ -819,7 +821,7 @@ class Player:
         self.models, self.names, self.figure = models, names, figure
         self.env = DreamEnv(models.dynamics, models.vqvae, starts, 1, steps=10**9,
                             temperature=temperature)
-        self.held, self.by_policy = set(), False
+        self.held, self.by_policy, self.last = set(), False, ""
         axes = figure.subplots(1, 2)
         self.images = [axes[0].imshow(np.zeros((96, 96)), cmap="gray", vmin=0, vmax=1),
                        axes[1].imshow(np.zeros((6, 6)), cmap="nipy_spectral", vmin=0, vmax=127)]
@@ -862,9 +864,12 @@ class Player:
                 self.action = int(sample(self.models.policy(x)[0], generator=self.env.generator))
             else:
                 self.action = action_of(self.held, self.names)
-            self.observation, reward, *_ = self.env.step(np.array([self.action]))
+            self.observation, reward, over, _, _ = self.env.step(np.array([self.action]))
         self.score += float(reward[0])
         self.step += 1
+        if over[0]:                                     # predicted: another dream has begun
+            self.last = f"   the last dream ended with {self.score:g}"
+            self.score, self.step = 0.0, 0
         self.show()
 
     def show(self):
@@ -873,7 +878,7 @@ class Player:
         self.caption.set_text(
             f"score {self.score:g}   step {self.step}   {self.names[self.action]}   "
             f"temperature {self.env.temperature:.2f}   "
-            f"{'the policy plays' if self.by_policy else 'you play'}")
+            f"{'the policy plays' if self.by_policy else 'you play'}{self.last}")
         self.figure.canvas.draw_idle()
 
 

@@ -547,10 +547,11 @@ def test_convlstm_norms_and_peepholes_by_hand():
 M, K, D = 3, 8, 4                              # a small world: actions, codes, code dimensions
 
 
-def small_world(B=3, L=6):
+def small_world(B=3, L=6, **settings):
     """(dynamics, embed, batch of codes, actions, rewards, ends) with no episode end in it."""
     torch.manual_seed(0)
-    dynamics, vectors = Dynamics(M, num_codes=K, code_dim=D, hidden=6), torch.randn(K, D)
+    dynamics, vectors = (Dynamics(M, num_codes=K, code_dim=D, hidden=6, **settings),
+                         torch.randn(K, D))
     batch = [torch.randint(K, (B, L, 6, 6)), torch.randint(M, (B, L)),
              torch.randint(-2, 3, (B, L)).float(), torch.zeros(B, L, dtype=torch.bool)]
     return dynamics, lambda codes: F.embedding(codes, vectors).permute(0, 3, 1, 2), batch
@@ -706,7 +707,8 @@ def test_dream():
     handle.remove()
     assert torch.equal(batch["codes"][0], codes[:, 0])
     assert batch["codes"].shape == (12, 5, 6, 6)
-    assert all(batch[k].shape == (12, 5) for k in set(batch) - {"codes"})
+    assert all(batch[k].shape == (12, 5) for k in set(batch) - {"codes", "last_value"})
+    assert not batch["last_value"].any()
     assert batch["dones"][-1].all() and not batch["dones"][:-1].any()
     assert set(batch["rewards"].unique().tolist()) == {-1, 0, 1}
     assert not any(v.requires_grad for v in batch.values())
@@ -740,6 +742,102 @@ def test_dream_draws_codes_and_rewards_from_the_predictions():
     assert (hot["rewards"] == -1).all() and len(hot["codes"][1:].unique()) == K
     twins = dream(dynamics, embed, policy, codes[:1, 0].expand(60, -1, -1), steps=1)
     assert len(twins["actions"].unique()) == M                       # sampled: not the best one
+
+
+def test_the_third_head_against_plain_loops():
+    """--predict-ends: the loss of ends counts an end 100 times; cuts are no ends of the game."""
+    dynamics, embed, (codes, actions, rewards, ends) = small_world(predict_ends=True)
+    assert not hasattr(Dynamics(M, hidden=4).end_head, "linear2")    # off by default
+    ends[0, 2] = ends[2, 0] = ends[2, 4] = ends[1, 5] = True
+    terminated = ends.clone()
+    terminated[2, 0] = False                   # there recording was cut
+    torch.nn.init.normal_(dynamics.end_head.linear2.weight, 0, 3)
+    loss, parts = dynamics.loss(codes, actions, rewards, ends, embed, context=6, reward_weight=0.3,
+                                terminated=terminated)
+    losses, truth, said = [], [], []
+    for b in range(3):
+        state = dynamics.initial_state(1)
+        for t in range(5):
+            _, _, state = dynamics(embed(codes[b:b + 1, t]), actions[b:b + 1, t], state)
+            logit = dynamics.end_logits(actions[b:b + 1, t], state).item()
+            h, planes = state[1][0], F.one_hot(actions[b:b + 1, t], M)[:, :, None, None]
+            y = torch.cat([h, planes.expand(-1, -1, 6, 6)], 1)
+            raw = dynamics.end_head(y).item()
+            assert logit == pytest.approx(raw - math.log(100), abs=1e-5)
+            over = terminated[b, t].item()
+            losses.append((100 if over else 1) * -math.log(
+                1 / (1 + math.exp(-raw if over else raw))))
+            truth.append(over)
+            said.append(logit > 0)
+            if ends[b, t]:
+                state = dynamics.initial_state(1)
+    assert sum(truth) == 2
+    assert parts["end_loss"].item() == pytest.approx(np.mean(losses), rel=1e-4)
+    assert loss.item() == pytest.approx((parts["code_loss"] + 0.3 * (
+        parts["reward_loss"] + parts["end_loss"])).item(), rel=1e-5)
+    assert parts["end_true"].item() == pytest.approx(2 / 15)
+    assert parts["end_predicted"].item() == pytest.approx(np.mean(said))
+    assert parts["end_right"].item() == pytest.approx(np.mean(np.array(said) & truth))
+    _, same = dynamics.loss(codes, actions, rewards, ends, embed, context=6)
+    assert same["end_true"].item() == pytest.approx(3 / 15)          # not told better: every end
+
+    # The weight does not make ends likelier: the loss is least where the head says 2 in 15.
+    torch.nn.init.zeros_(dynamics.end_head.linear2.weight)
+    with torch.no_grad():
+        dynamics.end_head.linear2.bias[:] = math.log(2 / 13) + math.log(100)
+    dynamics.loss(codes, actions, rewards, ends, embed, terminated=terminated)[0].backward()
+    assert dynamics.end_head.linear2.bias.grad.abs() < 1e-6 * 1e-4   # of 1e-6 times the gradient
+
+
+def test_an_end_is_learned():
+    """--predict-ends: one step in twenty ends the game; the head finds out by what."""
+    dynamics, embed, _ = small_world(predict_ends=True)
+    optimizer = torch.optim.Adam(dynamics.parameters(), lr=1e-2)
+    for _ in range(40):
+        codes, actions = torch.randint(1, K, (100, 2, 6, 6)), torch.randint(M, (100, 2))
+        ends = torch.rand(100, 2) < 0.05
+        codes[ends] = 0                        # the screen goes blank
+        loss, parts = dynamics.loss(codes, actions, torch.zeros(100, 2), ends, embed,
+                                    reward_weight=1.0)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert parts["end_right"] == parts["end_predicted"] == parts["end_true"] > 0
+
+
+def test_a_dream_ends_where_the_model_says(monkeypatch):
+    """--predict-ends: an ended dream goes on as another from a real start, the state forgotten;
+    then GAE does not look past the end, but past the last step."""
+    world, T, B = CountingWorld(), 12, 6
+    starts = torch.randint(8, (B, 6, 6))
+
+    def policy(z):
+        return torch.zeros(len(z), 3), z[:, :8].argmax(1).float().mean((1, 2))
+
+    monkeypatch.setattr(world, "end_head", True, raising=False)
+    torch.manual_seed(0)
+    batch = dream(world, world.embed, policy, starts, steps=T, memory=True)
+    assert torch.equal(batch["dones"], batch["actions"] == 0)
+    known, age = {tuple(s.flatten().tolist()) for s in starts}, torch.zeros(B, dtype=torch.int64)
+    begun = set()
+    for t in range(T):
+        assert torch.equal(batch["memory"][t, :, 0, 0, 0].long(), age)
+        step = batch["actions"][t] + age
+        following = (batch["codes"][t] + step[:, None, None]) % 8
+        age += 1
+        for b in range(B):
+            if batch["dones"][t, b]:
+                age[b] = 0
+                if t < T - 1:
+                    begun.add(tuple(batch["codes"][t + 1, b].flatten().tolist()))
+            elif t < T - 1:
+                assert torch.equal(batch["codes"][t + 1, b], following[b])
+            else:                              # nothing ends with the last step
+                assert batch["last_value"][b] == following[b].float().mean()
+    assert begun <= known and len(begun) > 3 and 0 < batch["dones"][-1].sum() < B
+    monkeypatch.setattr(world, "end_head", None, raising=False)
+    still = dream(world, world.embed, policy, starts, steps=T)
+    assert still["dones"].sum() == B and not still["last_value"].any()
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1263,6 +1361,51 @@ def test_memory_lasts_as_long_as_an_episode(monkeypatch):
     assert run.models.steps == 11 and shards[1]["collect_episodes"] == 2
 
 
+def test_predicted_ends_reach_everything(monkeypatch):
+    """--predict-ends: the head learns, PPO looks past the dream's last step, the metrics say how
+    reliable the ends are."""
+    torch.manual_seed(0)
+    models = tiny_models(predict_ends=True, reward_lr=0.01, dynamics_batch=1, window=6)
+    x, actions, rewards, ends = tiny_windows()
+    ends[1, 2] = True
+    head = models.dynamics.end_head.conv.weight
+    before = head.detach().clone()
+    models.world_model_update(x, actions, rewards, ends, 0.0, 4, terminated=ends)
+    moved = (head - before).abs().max().item()
+    assert moved == pytest.approx(0.01, rel=0.1)                     # Adam undoes the 1e-6
+    seen = []
+    monkeypatch.setattr(train, "ppo_update", lambda *a, **k: seen.append(a) or {})
+    monkeypatch.setattr(train, "dream", lambda *a: seen.append(dream(*a)) or seen[-1])
+    models.policy_update(x[0])
+    assert torch.equal(seen[1][4], seen[0]["last_value"]) and seen[0]["last_value"].any()
+
+    run = types.SimpleNamespace(sums={}, first_bad=torch.full((), -1))
+    counts = iter([(1, 2, 4), (0, 3, 0), (2, 3, 4)])     # right, predicted, true, of 10 each
+
+    def update(*arguments):
+        assert torch.equal(arguments[-1], terminated[:2 * 6].view(2, 6))
+        return {name: torch.tensor(n / 10) for name, n in zip(
+            ("end_right", "end_predicted", "end_true"), next(counts))}
+
+    buffer = ExperienceBuffer(12)
+    terminated = torch.arange(12) % 5 == 3
+    buffer.add(np.zeros((12, 96, 96), np.uint8), np.zeros(12), np.zeros(12), terminated.numpy(),
+               np.arange(12) == 11)
+    monkeypatch.setattr(models, "world_model_update", update)
+    monkeypatch.setattr(train, "world_model_picture", lambda run: 0.5)
+    monkeypatch.setattr(train, "epoch_of_windows", lambda *_: np.arange(12).reshape(1, 2, 6))
+    for name, value in dict(
+            config=models.config, models=models, buffer=buffer, iteration=0,
+            updates=lambda total: [0] * 3, numpy_rng=lambda *_: np.random.default_rng(0),
+            add=lambda *a: train.Run.add(run, *a),
+            finish_stage=lambda *_, **figures: seen.append(figures)).items():
+        setattr(run, name, value)
+    train.learn_world_model(run)
+    assert seen[-1]["end_precision"] == pytest.approx(3 / 8)
+    assert seen[-1]["end_recall"] == pytest.approx(3 / 8)
+    assert {"end_loss", "end_precision", "end_recall"} <= set(train.METRICS)
+
+
 def test_with_bfloat16_each_gradient_step_sees_the_one_before():
     """train.py, policy_update: autocast must not go on with copies of old weights."""
     torch.manual_seed(0)
@@ -1276,12 +1419,15 @@ def test_with_bfloat16_each_gradient_step_sees_the_one_before():
 def test_no_update_waits_for_the_device():
     """Ready for CUDA: all updates run on `meta`, where any look at a value is an error."""
     models, windows = tiny_models("meta"), tiny_windows("meta")
+    more = tiny_models("meta", policy_memory=True, predict_ends=True)
     x, rows = windows[0][0], torch.zeros(4, dtype=torch.int64, device="meta")
     run = types.SimpleNamespace(sums={}, first_bad=torch.full((), -1, device="meta"))
     for parts in (models.vqvae_update(x, 1e-3), models.vqvae_update(x, 1e-3, 40.0, True),
                   models.world_model_update(*windows, 1e-3, 4),
                   models.world_model_update(*windows, 1e-3, 4, rows),
-                  models.policy_update(x)):
+                  models.policy_update(x),
+                  more.world_model_update(*windows, 1e-3, 4, terminated=windows[3]),
+                  more.policy_update(x)):
         assert all(v.device.type == "meta" and v.shape == () for v in parts.values())
         train.Run.add(run, parts, 0)           # the averages of the stage
     with pytest.raises(RuntimeError):          # the check itself: a copy to the host is an error
@@ -1774,14 +1920,17 @@ def test_virtual_scores_against_plain_loops(monkeypatch, capsys):
 
     def made_up(dynamics, embed, policy, codes, length, temperature, memory):
         assert torch.equal(codes, evaluate.encoded(models, buffer)[starts])
-        return {"rewards": temperature * torch.arange(76.).expand(length, 76)}
+        dones = torch.zeros(length, 76, dtype=torch.bool)
+        dones[[3, 7], 9] = True                # a predicted end: what comes then is another dream
+        return {"rewards": temperature * torch.arange(76.).expand(length, 76), "dones": dones}
 
     monkeypatch.setattr(evaluate, "dream", made_up)
     scores = evaluate.virtual_scores(models, buffer, steps)
     assert scores["real"].tolist() == [np.clip(buffer.rewards[s:s + steps], -1, 1).sum()
                                        for s in starts]
     assert list(scores) == ["real", 0.1, 0.5, 1.0, 1.15, 1.3]
-    np.testing.assert_allclose(scores[0.5], 0.5 * steps * np.arange(76))
+    lasted = np.where(np.arange(76) == 9, 4, steps)
+    np.testing.assert_allclose(scores[0.5], 0.5 * lasted * np.arange(76), rtol=1e-6)
     with pytest.raises(train.UserError, match="no episode lasted the 80 steps"):
         evaluate.virtual_scores(models, buffer, 80)
 
@@ -1793,11 +1942,12 @@ def test_virtual_scores_against_plain_loops(monkeypatch, capsys):
     assert row["actual_score"] == pytest.approx(np.mean(returns))
     assert row["actual_std"] == pytest.approx(np.std(returns))
     assert row["actual_steps"] == pytest.approx(scores["real"].mean())
-    assert row["virtual_1.15"] == pytest.approx(1.15 * steps * 37.5)
-    assert row["virtual_1.15_std"] == pytest.approx(1.15 * steps * np.arange(76).std())
+    virtual = 1.15 * lasted * np.arange(76)
+    assert row["virtual_1.15"] == pytest.approx(virtual.mean())
+    assert row["virtual_1.15_std"] == pytest.approx(virtual.std())
     assert (row["trained_at"], row["steps"], row["moments"]) == (1.5, steps, 76)
     text = judged(capsys, "run", "--sweep-temperature")
-    assert "at 1.15" in text and f"{1.15 * steps * 37.5:.2f} (" in text
+    assert "at 1.15" in text and f"{virtual.mean():.2f} (" in text
     assert_main_refuses("neither --random", evaluate.main, "run", "--sweep-temperature", "--play")
 
 
@@ -1886,20 +2036,26 @@ def test_a_person_plays_in_the_dream(monkeypatch, tmp_path):
 
 class CountingWorld:
     """A dynamics made by hand. Codes 0..7 as one-hot vectors; every place moves on by the action,
-    in the n-th step of an episode by n more; action 2 pays 1, action 0 costs 1.
+    in the n-th step of an episode by n more; action 2 pays 1, action 0 costs 1 and, if predicted,
+    ends the episode.
     """
 
-    num_actions = 3
+    num_actions, end_head = 3, None
 
     def embed(self, codes):
         return F.one_hot(codes, 8).permute(0, 3, 1, 2).float()
 
     def initial_state(self, batch):
-        return torch.zeros(batch, dtype=torch.int64)
+        return [(torch.zeros(batch, 1, 6, 6),) * 2] * 2
 
     def __call__(self, z, action, state):
-        following = (z.argmax(1) + (action + state)[:, None, None]) % 8
-        return 1e6 * self.embed(following), 1e6 * F.one_hot(action, 3).float(), state + 1
+        count = state[1][0]                    # [B, 1, 6, 6]
+        following = (z.argmax(1) + action[:, None, None] + count.long()[:, 0]) % 8
+        return (1e6 * self.embed(following), 1e6 * F.one_hot(action, 3).float(),
+                [(count + 1, count + 1)] * 2)
+
+    def end_logits(self, action, state):
+        return torch.where(action == 0, 1e6, -1e6)
 
 
 def test_dream_env_is_a_gymnasium_vector_env():
@@ -1955,6 +2111,33 @@ def test_dream_env_is_a_gymnasium_vector_env():
         _, _, _, _, info = env.step(np.full(n, 2))
         if t % T == T - 1:
             assert info["episode"]["r"].tolist() == info["episode"]["l"].tolist() == [T] * n
+
+
+def test_dream_env_ends_where_the_model_says(monkeypatch):
+    """--predict-ends: an end is terminated, the last of `steps` truncated; each goes on alone."""
+    world, n, T, rng = CountingWorld(), 4, 5, np.random.default_rng(0)
+    monkeypatch.setattr(world, "end_head", True, raising=False)
+    starts = torch.randint(8, (20, 6, 6), generator=torch.Generator().manual_seed(0))
+    known = {tuple(s.flatten().tolist()) for s in starts}
+    env = DreamEnv(world, world, starts, n, steps=T)
+    codes, age, kinds = env.reset(seed=1)[0].argmax(1), np.zeros(n, int), set()
+    for _ in range(60):
+        actions = rng.integers(3, size=n)
+        observation, _, terminated, truncated, info = env.step(actions)
+        following, age = (codes + (actions + age)[:, None, None]) % 8, age + 1
+        assert terminated.tolist() == (actions == 0).tolist()
+        assert truncated.tolist() == ((age == T) & (actions != 0)).tolist()
+        codes = observation.argmax(1)
+        for i in range(n):
+            if terminated[i] or truncated[i]:
+                assert np.array_equal(info["final_obs"][i].argmax(0), following[i])
+                assert info["_final_obs"][i] and tuple(codes[i].flatten()) in known
+                age[i] = 0
+            else:
+                assert np.array_equal(codes[i], following[i])
+                assert not info or not info["_final_obs"][i]
+        kinds.add((bool(terminated.any()), bool(truncated.any())))
+    assert len(kinds) == 4
 
 
 @pytest.mark.filterwarnings("ignore:.*A Box observation space")        # codes have no bounds
@@ -2143,6 +2326,21 @@ def test_killed_at_any_moment_and_resumed_is_bit_for_bit_the_same(tmp_path, whol
         shutil.rmtree(out)
     assert {stage for _, stage, _ in places} >= {"collect", "warm_up", "world_model", "policy"}
     assert any(update > 0 for _, _, update in places)                # inside a stage too
+
+
+def test_killed_and_resumed_with_memory_and_predicted_ends(tmp_path):
+    """The same with --policy-memory, --predict-ends and a temperature."""
+    more = [*TINY, "--policy-memory", "--predict-ends", "--temperature", "1.2"]
+    status, events = in_child([*more, "--out", str(tmp_path / "whole")], log=tmp_path / "log")
+    assert status == 0, (tmp_path / "log").read_text()
+    expected = outcome(tmp_path / "whole" / RUN)
+    row = next(csv.DictReader(expected[1].splitlines()))
+    assert float(row["end_loss"]) > 0 and row["end_recall"] == ""    # no game ended
+    for die_at in (events // 3, 2 * events // 3):
+        out = tmp_path / str(die_at)
+        assert in_child([*more, "--out", str(out)], die_at=die_at)[0] == -signal.SIGKILL
+        assert in_child(["--resume", str(out / RUN)])[0] == 0
+        assert_same_run(out / RUN, expected, die_at)
 
 
 def test_killed_again_and_again(tmp_path, whole):

@@ -98,6 +98,7 @@ class Config:
     dynamics_batch: int = setting(4, "windows per update (released)")
     window: int = setting(11, "observations per window: 10 predictions (released)")
     context: int = setting(4, "inputs that are true codes; then the model's samples (released)")
+    predict_ends: bool = setting(False, "a third head ends dreams (paper 5; Ha & Schmidhuber 4.1)")
     teacher: float = setting(0.0, "first share of a round's updates with all inputs true (ours)")
     reward_windows: float = setting(0.0, "share of each batch from windows with a reward (ours)")
     world_model_epochs: tuple = setting(
@@ -213,16 +214,17 @@ class Models:
         with self.device:
             self.vqvae = VQVAE(width=config.vqvae_width, commitment=config.commitment,
                                max_logit=config.max_logit)
-            self.dynamics = Dynamics(num_actions, hidden=config.hidden)
+            self.dynamics = Dynamics(num_actions, hidden=config.hidden,
+                                     predict_ends=config.predict_ends)
             self.policy = ActorCritic(num_actions, width=config.policy_width,
                                       code_dim=32 + config.hidden * config.policy_memory)
         self.background = torch.zeros(96, 96, dtype=torch.uint8, device=self.device)
         self.vqvae.eval()                       # train() only around its own updates: batch norms
         # The reward loss is scaled down by reward_weight for the trunk's sake. Adam divides the
         # scale out again for the head, whose eps must shrink with it.
-        head = list(self.dynamics.reward_head.parameters())
-        trunk = [p for name, p in self.dynamics.named_parameters()
-                 if not name.startswith("reward_head.")]
+        heads = ("reward_head.", "end_head.")
+        head, trunk = ([p for name, p in self.dynamics.named_parameters()
+                        if name.startswith(heads) == is_head] for is_head in (True, False))
         fused = self.device.type in ("cpu", "cuda")
         self.optimizers = {
             "vqvae": torch.optim.Adam(self.vqvae.parameters(), lr=config.vqvae_lr, fused=fused),
@@ -274,12 +276,14 @@ class Models:
         self.vqvae.eval()
         return parts
 
-    def world_model_update(self, x, actions, rewards, ends, lr, context, vqvae_rows=None):
+    def world_model_update(self, x, actions, rewards, ends, lr, context, vqvae_rows=None,
+                           terminated=None):
         """One gradient step of the dynamics on windows,
         and before it one of the VQ-VAE if vqvae_rows are given.
 
         x uint8 [B, L, 4, 96, 96], actions int64, rewards float, ends bool [B, L];
-        vqvae_rows int64 [n]: which of the B * L observations the VQ-VAE learns from.
+        vqvae_rows int64 [n]: which of the B * L observations the VQ-VAE learns from;
+        terminated bool [B, L]: ends of the game itself, for predict_ends (None: all ends).
         """
         B, L = x.shape[:2]
         flat = x.flatten(0, 1)
@@ -290,7 +294,8 @@ class Models:
         with self.autocast():
             codes = self.vqvae.encode(flat).view(B, L, 6, 6)    # targets move with the VQ-VAE (3.4)
             loss, dynamics_parts = self.dynamics.loss(
-                codes, actions, rewards, ends, self.vqvae.embed, context, self.config.reward_weight)
+                codes, actions, rewards, ends, self.vqvae.embed, context, self.config.reward_weight,
+                terminated)
         self.optimizers["dynamics"].param_groups[0]["lr"] = lr
         self.step("dynamics", loss)
         return parts | dynamics_parts
@@ -306,9 +311,8 @@ class Models:
             if c.policy_memory:
                 observations = torch.cat([observations, rollout["memory"]], 2)
         with self.autocast(cache=False):
-            # The last step is terminal, so no value follows it.
             parts = ppo_update(self.policy, self.optimizers["policy"], observations, rollout,
-                               torch.zeros(B, device=self.device), c.gamma, c.lam, c.ppo_epochs,
+                               rollout["last_value"], c.gamma, c.lam, c.ppo_epochs,
                                c.minibatch, c.max_grad_norm, clip=c.clip, value_clip=c.value_clip,
                                value_coef=c.value_coef, entropy_coef=c.entropy_coef)
         return parts | {"dream_return": rollout["rewards"].sum(0).mean()}
@@ -722,6 +726,9 @@ METRICS = {
     "reward_loss": "cross-entropy, nats per step",
     "reward_accuracy_minus": "share of -1 rewards predicted right",
     "reward_accuracy_zero": "the same for 0", "reward_accuracy_plus": "the same for +1",
+    "end_loss": "with --predict-ends: weighted cross-entropy, nats per step",
+    "end_precision": "share of predicted ends that were ends of a game",
+    "end_recall": "share of ends of a game that were predicted",
     "dream_return": "mean sum of rewards in a dream of 50 steps",
     "policy_loss": "PPO, clipped objective", "value_loss": "PPO, half squared error",
     "entropy": "of the policy in dreams, nats",
@@ -856,10 +863,13 @@ def learn_world_model(run):
             vqvae_rows = to_device(chosen)
         run.add(run.models.world_model_update(
             to_device(buffer.stacked(rows)), to_device(buffer.actions[rows].astype(np.int64)),
-            to_device(buffer.rewards[rows]), to_device(ends[rows]), lr, context, vqvae_rows),
-            update)
-    foreground = world_model_picture(run)
-    run.finish_stage("policy", foreground_error=foreground)
+            to_device(buffer.rewards[rows]), to_device(ends[rows]), lr, context, vqvae_rows,
+            to_device(buffer.terminated[rows]) if c.predict_ends else None), update)
+    figures = {"foreground_error": world_model_picture(run)}
+    for name, of in (("end_precision", "end_predicted"), ("end_recall", "end_true")):
+        if of in run.sums and run.sums[of][0] > 0:
+            figures[name] = run.sums["end_right"][0] / run.sums[of][0]
+    run.finish_stage("policy", **figures)
 
 
 def epoch_of_windows(buffer, config, batches, rng):
@@ -1028,7 +1038,7 @@ def open_loop(models, codes, actions, context=4, temperature=1.0):
     with models.autocast():
         for t in range(codes.shape[1] - 1):
             z = models.vqvae.embed(dreamed[t])
-            following, reward, state = dream_step(models.dynamics, z, actions[:, t], state,
+            following, reward, _, state = dream_step(models.dynamics, z, actions[:, t], state,
                                                   temperature)
             dreamed.append(codes[:, t + 1] if t + 1 < context else following)
             rewards.append(reward)
