@@ -187,9 +187,9 @@ def read_run(folder):
     expected = dataclasses.asdict(Config(**PRESETS.get(run["preset"], {})))
     if run["preset"] == "ppo":                          # of ppo.py, which has other settings
         expected = config | {"interactions": 102_400}
-    changed = {}
+    changed, default = {}, dataclasses.asdict(Config())   # a setting younger than the run: default
     for name in sorted(set(config) | set(expected)) if config else ():
-        value, usual = config.get(name), expected.get(name)
+        value, usual = config.get(name, default.get(name)), expected.get(name)
         usual = list(usual) if isinstance(usual, tuple) else usual
         if name not in ("game", "preset", "seed", "out", *MAY_CHANGE) and value != usual:
             changed[name] = value

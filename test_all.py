@@ -1657,6 +1657,20 @@ def test_judge_pools_seeds_and_nothing_else(tmp_path, capsys):
     assert max(len(line) for line in text.splitlines() if " | " in line) < 180
 
 
+def test_runs_from_before_a_setting_existed(tmp_path, capsys):
+    """A setting younger than the run has its default; an unknown one is refused."""
+    folder = made_up_run(tmp_path, "Pong", 0, [9.0])
+    config = json.loads((folder / "config.json").read_text())
+    del config["temperature"], config["predict_ends"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert json.loads(judged(capsys, folder, "--plot", tmp_path / "a.png", "--json"))[0][
+        "changed"] == {}
+    loaded = train.config_from(config)
+    assert loaded.temperature == 1.0 and not loaded.predict_ends and loaded.preset == "small"
+    with pytest.raises(train.UserError, match="another version of train.py: colour, shape"):
+        train.config_from(config | {"shape": 1, "colour": 2})
+
+
 def test_aggregates_and_their_bootstrap_against_brute_force():
     """Agarwal et al. (2021): all 729 ways to redraw 3 runs in each of 2 games, by plain loops."""
     scores = [np.array([0.1, 0.5, 0.9]), np.array([0.2, 0.3, 1.6])]

@@ -435,11 +435,13 @@ def newest_checkpoint(folder):
 
 
 def config_from(state):
-    """The Config inside a checkpoint or a config.json."""
-    names = {f.name for f in dataclasses.fields(Config)}
-    if set(state) != names:
-        odd = ", ".join(sorted(set(state) ^ names))
-        raise UserError(f"these settings belong to another version of train.py: {odd}")
+    """The Config inside a checkpoint or a config.json. A setting that did not exist yet when it was
+    written gets its default, which is to do as before.
+    """
+    odd = set(state) - {f.name for f in dataclasses.fields(Config)}
+    if odd:
+        raise UserError("these settings belong to another version of train.py: "
+                        + ", ".join(sorted(odd)))
     return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in state.items()})
 
 
