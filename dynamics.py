@@ -22,6 +22,7 @@ Dimension key:  B batch   L observations in a window, L-1 predictions   T steps 
                 K = 128 codes   D = 32 code dimensions   M actions   C = 128 hidden channels
 """
 import argparse
+import math
 import time
 
 import gymnasium as gym
@@ -51,15 +52,28 @@ def reward_class(rewards):
     return rewards.clamp(-1, 1).round().long() + 1
 
 
-class RewardHead(nn.Module):
-    """g(y_t): 1x1 conv, layer norm, two linear layers -> scores of the rewards -1, 0, 1 (Eq. 7)."""
+# A game ends once in a thousand steps or so. Such a step counts 100 times in the loss of the head
+# that predicts ends; what it says is put right again by the same factor (Dynamics.end_logits).
+END_WEIGHT = 100.0
 
-    def __init__(self, channels, size):
+
+def forget(state, over):
+    """The cells' state with zeros where over, bool [B]: there another episode begins."""
+    alive = (~over).float()[:, None, None, None]
+    return [(h * alive, c * alive) for h, c in state]
+
+
+class RewardHead(nn.Module):
+    """g(y_t): 1x1 conv, layer norm, two linear layers -> scores of the rewards -1, 0, 1 (Eq. 7).
+    With outputs=1 the head that predicts ends.
+    """
+
+    def __init__(self, channels, size, outputs=3):
         super().__init__()
         self.conv = nn.Conv2d(channels, 32, 1)
         self.norm = nn.LayerNorm([32, *size])
         self.linear1 = nn.Linear(32 * size[0] * size[1], 512)
-        self.linear2 = nn.Linear(512, 3)
+        self.linear2 = nn.Linear(512, outputs)
 
     def forward(self, y):
         g = F.leaky_relu(self.norm(self.conv(y)))                        # [B, 32, 6, 6]
@@ -69,17 +83,22 @@ class RewardHead(nn.Module):
 class Dynamics(nn.Module):
     """Two ConvLSTM cells and two heads; 6,552,547 parameters for M = 18 (Table 3).
 
+    predict_ends adds a third head, for the end of the episode: the paper's conclusion, and Ha &
+    Schmidhuber's done_t (section 4.1).
+
     The action enters as M one-hot planes at both cells and at both heads, "since the action
     information might get lost during the forward pass" (Figure 3).
     """
 
-    def __init__(self, num_actions, num_codes=128, code_dim=32, hidden=128, size=(6, 6)):
+    def __init__(self, num_actions, num_codes=128, code_dim=32, hidden=128, size=(6, 6),
+                 predict_ends=False):
         super().__init__()
         self.num_actions = num_actions
         self.cell1 = ConvLSTMCell(code_dim + num_actions, hidden, size=size)
         self.cell2 = ConvLSTMCell(hidden + num_actions, hidden, size=size)
         self.code_head = nn.Conv2d(hidden + num_actions, num_codes, 1)   # f(y_t), Eq. 6
         self.reward_head = RewardHead(hidden + num_actions, size)        # g(y_t), Eq. 7
+        self.end_head = RewardHead(hidden + num_actions, size, 1) if predict_ends else None
 
         # Initial weights, on which the paper is silent. h = o * tanh(c) starts out near 0.2, from
         # which a default head makes no confident prediction for hundreds of updates: open the gates
@@ -102,8 +121,7 @@ class Dynamics(nn.Module):
 
     def advance(self, z, action, state):
         """Eq. 4, arguments as in forward -> y_t [B, C+M, 6, 6], which the heads read; new state."""
-        one_hot = (action[:, None] == torch.arange(self.num_actions, device=z.device)).to(z.dtype)
-        planes = one_hot[:, :, None, None].expand(-1, -1, *z.shape[2:])      # [B, M, 6, 6]
+        planes = self.planes(action, z)
         state1 = self.cell1(torch.cat([z, planes], 1), state[0])
         state2 = self.cell2(torch.cat([state1[0], planes], 1), state[1])
         return torch.cat([state2[0], planes], 1), (state1, state2)
@@ -120,7 +138,23 @@ class Dynamics(nn.Module):
         y, state = self.advance(z, action, state)
         return self.code_head(y).float(), self.reward_head(y).float(), state
 
-    def loss(self, codes, actions, rewards, ends, embed, context=4, reward_weight=1e-6):
+    def planes(self, action, like):
+        """int64 [B] -> one-hot planes [B, M, 6, 6], of the type and map of `like`."""
+        one_hot = action[:, None] == torch.arange(self.num_actions, device=like.device)
+        return one_hot.to(like.dtype)[:, :, None, None].expand(-1, -1, *like.shape[2:])
+
+    def end_logits(self, action, state):
+        """The third head: log-odds float [B] that the episode ends after a_t.
+        state: the one that the step with this action returned.
+        """
+        h = state[1][0]
+        y = torch.cat([h, self.planes(action, h)], 1)                        # y_t, as above
+        # Trained on data in which ends are END_WEIGHT times as frequent, it overrates their odds by
+        # just this factor.
+        return self.end_head(y).float()[:, 0] - math.log(END_WEIGHT)
+
+    def loss(self, codes, actions, rewards, ends, embed, context=4, reward_weight=1e-6,
+             terminated=None):
         """Maximum likelihood of Eq. 6 and 7 over windows of L observations
         -> (scalar, dict of parts).
 
@@ -133,18 +167,24 @@ class Dynamics(nn.Module):
                  samples, as it will in the dream
         reward_weight  the paper scales the reward loss down so that its gradient can't disturb the
                  trunk (Section 3.4), and raises the head's learning rate
+        terminated bool [B, L], what the third head is to predict, if there is one: the game was
+                 over after a_t (not: recording was cut there); None: the same as ends
 
         Parts, detached: code_loss (nats per code), reward_loss (nats per step),
         code_accuracy (share of codes whose most likely value is right),
         reward_accuracy_minus / _zero / _plus (share of steps with that true reward whose most
-        likely class is right; nan where there was none).
+        likely class is right; nan where there was none); with a third head also end_loss (nats per
+        step, weighted), end_true, end_predicted, end_right (shares of all steps: the game ends,
+        an end is likelier than not, both).
         """
         B, L = codes.shape[:2]
-        state, z, ys, code_logits = self.initial_state(B), codes[:, 0], [], []
+        state, z, ys, code_logits, end_logits = self.initial_state(B), codes[:, 0], [], [], []
         for t in range(L - 1):
             y, state = self.advance(embed(z).detach(), actions[:, t], state)
             ys.append(y)
             code_logits.append(self.code_head(y).float())
+            if self.end_head is not None:
+                end_logits.append(self.end_logits(actions[:, t], state))
 
             # The next input: the truth while in context and at the start of another episode,
             # else a sample of what was just predicted. (It is an integer: no gradient through it.)
@@ -152,8 +192,7 @@ class Dynamics(nn.Module):
             if context <= t + 1 < L - 1:
                 drawn = sample(code_logits[t].detach())
                 z = torch.where(ends[:, t, None, None], z, drawn)
-            alive = (~ends[:, t]).float()[:, None, None, None]
-            state = [(h * alive, c * alive) for h, c in state]
+            state = forget(state, ends[:, t])
 
         # Whatever need not wait for the step before is computed for all steps at once.
         code_logits, targets = torch.stack(code_logits, 2), codes[:, 1:]         # [B, K, L-1, 6, 6]
@@ -175,7 +214,17 @@ class Dynamics(nn.Module):
             for k, name in enumerate(("minus", "zero", "plus")):
                 mine = (reward_targets == k).float()
                 parts[f"reward_accuracy_{name}"] = (right * mine).sum() / mine.sum()
-        return code_loss + reward_weight * reward_loss, {k: v.detach() for k, v in parts.items()}
+        heads_loss = reward_loss
+        if self.end_head is not None:
+            over = (ends if terminated is None else terminated)[:, :L - 1].float()   # [B, L-1]
+            logits = torch.stack(end_logits, 1)
+            end_loss = F.binary_cross_entropy_with_logits(
+                logits + math.log(END_WEIGHT), over, weight=1 + (END_WEIGHT - 1) * over)
+            heads_loss = heads_loss + end_loss
+            said = (logits > 0).float()
+            parts |= {"end_loss": end_loss, "end_true": over.mean(), "end_predicted": said.mean(),
+                      "end_right": (said * over).mean()}
+        return code_loss + reward_weight * heads_loss, {k: v.detach() for k, v in parts.items()}
 
 
 @torch.no_grad()
@@ -183,62 +232,80 @@ def dream_step(dynamics, z, action, state, temperature=1.0, generator=None):
     """One step of imagination, the same in `dream`, in DreamEnv and wherever else one dreams.
 
     z float [B, D, 6, 6] embedded codes, action int64 [B], state as the dynamics returns it
-    -> (next codes int64 [B, 6, 6], rewards float [B] in {-1, 0, 1}, next state), both sampled.
+    -> (next codes int64 [B, 6, 6], rewards float [B] in {-1, 0, 1}, ends bool [B], next state),
+    all sampled; without a head for ends none ends.
     """
     code_logits, reward_logits, state = dynamics(z, action, state)
     reward = sample(reward_logits, generator=generator).float() - 1              # Eq. 7
-    return sample(code_logits, temperature, generator), reward, state            # Eq. 6
+    codes = sample(code_logits, temperature, generator)                          # Eq. 6
+    end = torch.zeros_like(reward, dtype=torch.bool)
+    if dynamics.end_head is not None:
+        u = torch.rand(end.shape, device=end.device, generator=generator)
+        end = u < dynamics.end_logits(action, state).sigmoid()
+    return codes, reward, end, state
 
 
 @torch.no_grad()
-def imagine(dynamics, embed, policy, codes, state, temperature=1.0):
+def imagine(dynamics, embed, policy, codes, state, temperature=1.0, memory=False):
     """One step of `dream`: the policy acts on codes int64 [B, 6, 6], the model answers
-    -> action [B], its log-probability [B], value [B], reward [B], next codes, next state.
+    -> action [B], its log-probability [B], value [B], reward [B], end bool [B], next codes, state.
     """
     z = embed(codes)
-    action_logits, value = policy(z)
+    action_logits, value = policy(torch.cat([z, state[1][0]], 1) if memory else z)
     action_logits = action_logits.float()
     action = sample(action_logits)                                               # Eq. 8
     log_prob = action_logits.log_softmax(1).gather(1, action[:, None])[:, 0]
-    next_codes, reward, state = dream_step(dynamics, z, action, state, temperature)
-    return action, log_prob, value.float(), reward, next_codes, state
+    next_codes, reward, end, state = dream_step(dynamics, z, action, state, temperature)
+    return action, log_prob, value.float(), reward, end, next_codes, state
 
 
 @torch.no_grad()
 def dream(dynamics, embed, policy, start_codes, steps=50, temperature=1.0, bootstrap=False,
-          step=imagine):
+          memory=False, step=imagine):
     """Imagined experience: the only experience the policy is ever trained on (Section 3.4).
 
     start_codes  int64 [B, 6, 6]: codes of real observations, drawn at random from all that was
                  collected
     embed        codes -> embedding vectors [B, D, 6, 6]
     policy       embedding vectors -> (action logits [B, M], values [B])
-    steps        T = 50; then every dreamed episode ends, since the model does not predict ends
+    steps        T = 50; then every dreamed episode ends, unless the model predicts ends itself
     temperature  above 1 the next codes are drawn from a flatter distribution
                  (Ha & Schmidhuber, Table 2)
     bootstrap    True: the dream is only cut short after T steps; what would have followed is worth
-                 the policy's own value of the codes reached
+                 the policy's own value of what was reached
+    memory       the policy sees h_{t-1} of the second cell too (Eq. 5), as further channels:
+                 [B, D + C, 6, 6]
     step         `imagine`, or the same compiled
 
     Returns a dict of tensors with time first: codes [T, B, 6, 6], actions [T, B],
     log_probs [T, B], values [T, B], rewards float [T, B] in {-1, 0, 1},
-    dones bool [T, B] (true in the last row only, with bootstrap nowhere); and last_value [B], the
-    value after the last row (without bootstrap 0).
+    dones bool [T, B] (true in the last row only, with bootstrap nowhere); last_value [B], the value
+    after the last row (without bootstrap 0); with memory also memory [T, B, C, 6, 6], the h that
+    the policy saw.
+
+    If the dynamics predicts ends, dones are these, and an ended dream goes on as another one, from
+    a random one of start_codes, so that no step is lost; the last row is then cut as by bootstrap.
     """
     B, device = len(start_codes), start_codes.device
     codes, state, rows = start_codes, dynamics.initial_state(B), []
     for _ in range(steps):
-        *row, next_codes, state = step(dynamics, embed, policy, codes, state, temperature)
-        rows.append((codes, *row))
+        h = (state[1][0],) if memory else ()
+        *row, next_codes, state = step(dynamics, embed, policy, codes, state, temperature, memory)
+        rows.append((codes, *row, *h))
         codes = next_codes
-    names = ("codes", "actions", "log_probs", "values", "rewards")
+        if dynamics.end_head is not None:
+            another = start_codes[torch.randint(B, (B,), device=device)]
+            over = row[-1]                                                       # bool [B]
+            codes = torch.where(over[:, None, None], another, codes)
+            state = forget(state, over)
+    names = ("codes", "actions", "log_probs", "values", "rewards", "dones", "memory")
     batch = {name: torch.stack(column) for name, column in zip(names, zip(*rows))}
-    last = torch.arange(steps, device=device) == steps - 1
-    if bootstrap:
-        last, last_value = torch.zeros_like(last), policy(embed(codes))[1].float()
-    else:
-        last_value = torch.zeros(B, device=device)
-    return batch | {"dones": last[:, None].expand(steps, B), "last_value": last_value}
+    if not bootstrap and dynamics.end_head is None:
+        batch["dones"][-1] = True
+        return batch | {"last_value": torch.zeros(B, device=device)}
+    z = embed(codes)
+    last_value = policy(torch.cat([z, state[1][0]], 1) if memory else z)[1]
+    return batch | {"last_value": last_value.float()}
 
 
 class DreamEnv(gym.vector.VectorEnv):
@@ -260,9 +327,10 @@ class DreamEnv(gym.vector.VectorEnv):
     The last step is *terminated*, not truncated: the paper's agent treats it as the end and adds no
     value of what would follow (Section 3.4, "Episodic Environments"; the `dones` of `dream`), so
     that an agent trained here solves the problem that the paper's agent solves. Who prefers to
-    bootstrap finds the last observation in infos["final_obs"].
+    bootstrap finds the last observation in infos["final_obs"]. If the dynamics predicts ends, these
+    are *terminated*, and an episode that lasts all `steps` is *truncated*.
 
-    All episodes end in the same step, which already returns the observations of the new starts
+    The step in which an episode ends already returns the observation of the new start
     (gymnasium's AutoresetMode.SAME_STEP): no step is wasted, and infos holds "final_obs" and
     "final_info" with their masks, as gymnasium's own vector environments do.
 
@@ -293,7 +361,10 @@ class DreamEnv(gym.vector.VectorEnv):
         if seed is not None or self.generator is None:
             self.generator = torch.Generator(self.starts.device)
             self.generator.manual_seed(int(self.np_random.integers(2**62)))
-        self._begin()
+        self.codes = self.starts[:1].expand(self.num_envs, -1, -1)
+        self.state = self.dynamics.initial_state(self.num_envs)
+        self.elapsed = np.zeros(self.num_envs, np.int64)
+        self._begin(np.ones(self.num_envs, bool))
         return self._observations(), {}
 
     def step(self, actions):
@@ -306,24 +377,31 @@ class DreamEnv(gym.vector.VectorEnv):
             raise gym.error.InvalidAction(f"actions must be {self.num_envs} whole numbers in "
                                           f"[0, {self.dynamics.num_actions})")
         action = torch.from_numpy(actions.astype(np.int64)).to(self.starts.device)
-        self.codes, reward, self.state = dream_step(
+        self.codes, reward, end, self.state = dream_step(
             self.dynamics, self.embed(self.codes), action, self.state, self.temperature,
             self.generator)
         self.elapsed += 1
-        over, infos = self.elapsed == self.steps, {}
-        observations = self._observations()
-        if over:
-            for i, last in enumerate(observations):
-                infos = self._add_info(infos, {"final_obs": last, "final_info": {}}, i)
-            self._begin()
+        terminated, truncated = end.cpu().numpy(), self.elapsed == self.steps
+        if self.dynamics.end_head is None:
+            terminated, truncated = truncated, terminated
+        truncated &= ~terminated
+        over, infos, observations = terminated | truncated, {}, self._observations()
+        if over.any():
+            for i in np.flatnonzero(over):
+                infos = self._add_info(infos, {"final_obs": observations[i], "final_info": {}}, i)
+            self._begin(over)
             observations = self._observations()
-        return (observations, reward.double().cpu().numpy(), np.full(self.num_envs, over),
-                np.zeros(self.num_envs, bool), infos)
+        return observations, reward.double().cpu().numpy(), terminated, truncated, infos
 
-    def _begin(self):
+    def _begin(self, over):
+        """Another episode from another start where over, bool [n]."""
         rows = self.np_random.integers(len(self.starts), size=self.num_envs)
-        self.codes = self.starts[torch.from_numpy(rows).to(self.starts.device)]      # [n, 6, 6]
-        self.state, self.elapsed = self.dynamics.initial_state(self.num_envs), 0
+        device = self.starts.device
+        starts = self.starts[torch.from_numpy(rows).to(device)]                      # [n, 6, 6]
+        self.elapsed[over] = 0
+        over = torch.from_numpy(over).to(device)
+        self.codes = torch.where(over[:, None, None], starts, self.codes)
+        self.state = forget(self.state, over)
 
     def _observations(self):
         return np.ascontiguousarray(self.embed(self.codes).detach().float().cpu().numpy())

@@ -3,10 +3,12 @@
     python evaluate.py runs/Freeway-small-s0             # 32 episodes with the newest checkpoint
     python evaluate.py --random --game Freeway           # the random policy, by the same protocol
     python evaluate.py runs/*                            # one table of all runs, Tables 4 and 5
-    python evaluate.py runs/* --plot curves.png          # and their learning curves, Figure 4
+    python evaluate.py runs/* --plot curves.png          # their learning curves, Figures 4 and 5
     python evaluate.py runs/Pong-small-s0 --fidelity     # where does its dream go wrong?
+    python evaluate.py runs/* --sweep-temperature        # does its policy exploit its dream?
     python evaluate.py runs/Pong-small-s0 --dream dream.gif    # the dream beside the real game
     python evaluate.py runs/Pong-small-s0 --video play.gif     # the policy, and what it sees
+    python evaluate.py runs/Pong-small-s0 --play         # play inside the dream yourself
 
 Protocol, as the paper's (Section 4, and the authors' released code): 32 whole episodes of the final
 policy, actions sampled from its softmax at temperature 1, up to 30 no-ops at reset, no sticky
@@ -27,9 +29,9 @@ import numpy as np
 import torch
 
 from atari import AtariEnv, ExperienceBuffer
-from dynamics import reward_class
+from dynamics import DreamEnv, dream, reward_class, sample
 from train import (MAY_CHANGE, PRESETS, PROTOCOL, Config, Models, UserError, check, config_from,
-                   newest_checkpoint, open_loop, play_episodes, write_atomically)
+                   newest_checkpoint, open_loop, play_episodes, still_playing, write_atomically)
 from vqvae import foreground_error
 
 # Published: scores of a random policy and a human (Mnih et al., 2015, as the Atari 100K benchmark
@@ -70,8 +72,14 @@ class RandomPolicy:
     def __init__(self, num_actions, seed):
         self.num_actions, self.rng = num_actions, np.random.default_rng(seed)
 
-    def act(self, observations, temperature):
-        return self.rng.integers(self.num_actions, size=len(observations))
+    def act(self, observations, temperature, state=None):
+        return self.rng.integers(self.num_actions, size=len(observations)), None
+
+
+def is_ppo(folder):
+    """Is this the folder of a run of ppo.py, the model-free baseline?"""
+    path = pathlib.Path(folder) / "config.json"
+    return path.exists() and read_json(path).get("preset") == "ppo"
 
 
 def load_models(folder, device):
@@ -79,6 +87,8 @@ def load_models(folder, device):
     folder = pathlib.Path(folder)
     if not folder.is_dir():
         raise UserError(f"there is no run folder {folder}")
+    if is_ppo(folder):
+        raise UserError(f"{folder} is a run of ppo.py, which keeps no weights to play with")
     state, _ = newest_checkpoint(folder)
     config = config_from(state["config"])
     config.device = device
@@ -175,9 +185,11 @@ def read_run(folder):
     interactions = int(rows[-1]["interactions"]) if rows else 0
 
     expected = dataclasses.asdict(Config(**PRESETS.get(run["preset"], {})))
-    changed = {}
+    if run["preset"] == "ppo":                          # of ppo.py, which has other settings
+        expected = config | {"interactions": 102_400}
+    changed, default = {}, dataclasses.asdict(Config())   # a setting younger than the run: default
     for name in sorted(set(config) | set(expected)) if config else ():
-        value, usual = config.get(name), expected.get(name)
+        value, usual = config.get(name, default.get(name)), expected.get(name)
         usual = list(usual) if isinstance(usual, tuple) else usual
         if name not in ("game", "preset", "seed", "out", *MAY_CHANGE) and value != usual:
             changed[name] = value
@@ -346,20 +358,23 @@ def table(groups):
 def curves(group):
     """Scores of a group's runs over time -> (interactions int [P], scores float [runs, P]).
 
-    P: the rounds after which every run of the group was evaluated.
+    P: the rounds after which every run of the group was evaluated. Of a run of ppo.py: where
+    episodes of its training ended; it is evaluated only at the end.
     """
-    runs = [{int(row["interactions"]): row["real_return"] for row in run["rows"]
-             if "real_return" in row} for run in group]
+    name = "collect_return" if group[0]["preset"] == "ppo" else "real_return"
+    runs = [{int(row["interactions"]): row[name] for row in run["rows"] if name in row}
+            for run in group]
     points = sorted(set.intersection(*map(set, runs)))
     return np.array(points, int), np.array([[run[x] for x in points] for run in runs])
 
 
 def plot(groups, path):
-    """Figure 4: score against real interactions, one panel per game.
+    """Figure 4: score against real interactions, one panel per game. With runs of ppo.py also
+    Figure 5: model-free PPO beside it.
 
-    Mean over seeds with its standard deviation, the best seed (by its final score), and the final
-    means of the paper and of SimPLe as horizontal lines. A run that stopped early is a line of its
-    own. Line styles, hatches and markers tell everything apart without colour.
+    Mean over seeds with its standard deviation, the best seed (by its final score), and the
+    published final means as horizontal lines. A run that stopped early is a line of its own.
+    Line styles, hatches and markers tell everything apart without colour.
     """
     import matplotlib
     matplotlib.use("Agg")
@@ -367,7 +382,7 @@ def plot(groups, path):
     games = list(dict.fromkeys(group[0]["game"] for group in groups))
     columns = min(len(games), 3)
     lines = -(-len(games) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(5.2 * columns, 4 * lines), squeeze=False)
+    figure, axes = plt.subplots(lines, columns, figsize=(5.2 * columns, 4.8 * lines), squeeze=False)
     for ax in axes.flat[len(games):]:
         ax.axis("off")
     for ax, game in zip(axes.flat, games):
@@ -376,33 +391,38 @@ def plot(groups, path):
                     ("//", "\\\\", "..", "xx") * len(mine))
         for group in mine:
             x, scores = curves(group)
-            name = f"preset {group[0]['preset']}" + (f" ({', '.join(group[0]['changed'])} changed)"
-                                         if group[0]["changed"] else "")
+            is_free = group[0]["preset"] == "ppo"
+            name = "model-free PPO in training" if is_free else f"preset {group[0]['preset']}"
+            if group[0]["changed"]:
+                name += f" ({', '.join(group[0]['changed'])} changed)"
             if not group[0]["finished"]:
                 ax.plot(x, scores.T, ":", color="0.5", marker="x", markersize=4,
                         label=f"{name}, seed {group[0]['seed']}, stopped early")
                 continue
-            color, line, hatch = next(looks)
+            color, line, hatch = next(looks) if not is_free else ("C3", (0, (1, 1)), "++")
             mean, std, n = scores.mean(0), scores.std(0), len(group)
-            ax.plot(x, mean, line, color=color, linewidth=2.5,
+            ax.plot(x, mean, linestyle=line, color=color, linewidth=2.5,
                     label=f"{name}, mean of {n} seeds" if n > 1 else f"{name}, one seed")
             if n > 1:
                 ax.fill_between(x, mean - std, mean + std, facecolor="none", edgecolor=color,
                                 hatch=hatch, alpha=0.4, linewidth=0.5, label="+- std over seeds")
                 best = max(range(n), key=lambda i: np.mean(group[i]["returns"]))
-                ax.plot(x, scores[best], line, color=color, linewidth=1, marker="o", markersize=4,
-                        label=f"best seed ({group[best]['seed']})")
+                ax.plot(x, scores[best], linestyle=line, color=color, linewidth=1, marker="o",
+                        markersize=4, label=f"best seed ({group[best]['seed']})")
         if game in PUBLISHED:
-            _, _, paper, simple, _ = PUBLISHED[game]
+            _, _, paper, simple, free = PUBLISHED[game]
             ax.axhline(paper[0], color="k", linestyle=(0, (7, 2)), linewidth=1.2,
                        label=f"paper, published final mean {paper[0]:g}")
             ax.axhline(simple[0], color="k", linestyle=(0, (1, 2)), linewidth=1.6,
                        label=f"SimPLe, published final mean {simple[0]:g}")
+            if any(group[0]["preset"] == "ppo" for group in mine):
+                ax.axhline(free[0], color="k", linestyle=(0, (5, 2, 1, 2)), linewidth=0.8,
+                           label=f"PPO 100K, published final mean {free[0]:g}")
         ax.set_title(game)
         ax.set_xlabel("real interactions (x4 = frames)")
         ax.set_ylabel("score of an episode")
         ax.grid(alpha=0.3)
-        ax.legend(fontsize=7)
+        ax.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     figure.tight_layout()
     data = io.BytesIO()
     figure.savefig(data, format=pathlib.Path(path).suffix[1:], dpi=100)
@@ -453,16 +473,16 @@ def record(models, game, seeds, temperature, most):
     """
     envs = [AtariEnv(game, seed=seed) for seed in seeds]
     stacks = np.stack([[env.reset()] * 4 for env in envs])                       # [B, 4, 96, 96]
-    episodes, playing = [[] for _ in envs], np.arange(len(envs))
+    episodes, playing, state = [[] for _ in envs], np.arange(len(envs)), None
     for step in range(most):
-        actions, over = models.act(stacks[playing], temperature), []
+        (actions, state), over = models.act(stacks[playing], temperature, state), []
         for i, action in zip(playing, actions):
             frame, reward, terminated, truncated = envs[i].step(action)
             truncated |= step == most - 1
             episodes[i].append((stacks[i, -1].copy(), action, reward, terminated, truncated))
             stacks[i] = np.concatenate([stacks[i, 1:], frame[None]])
             over.append(terminated or truncated)
-        playing = playing[~np.array(over)]
+        playing, state = playing[~np.array(over)], still_playing(state, over)
         if not len(playing):
             break
     buffer = ExperienceBuffer(sum(map(len, episodes)))
@@ -472,11 +492,12 @@ def record(models, game, seeds, temperature, most):
 
 
 @torch.no_grad()
-def encoded(models, buffer, batch=64):
-    """Codes of all observations of a buffer, int64 [N, 6, 6] on the device."""
+def encoded(models, buffer, rows=None, batch=64):
+    """Codes of observations of a buffer (int [N]; None: of all), int64 [N, 6, 6] on the device."""
+    rows = np.arange(len(buffer)) if rows is None else rows
     with models.autocast():
-        return torch.cat([models.vqvae.encode(models.to_device(buffer.stacked(rows))) for rows in
-                          np.array_split(np.arange(len(buffer)), -(-len(buffer) // batch))])
+        return torch.cat([models.vqvae.encode(models.to_device(buffer.stacked(part)))
+                          for part in np.array_split(rows, -(-len(rows) // batch))])
 
 
 @torch.no_grad()
@@ -574,6 +595,71 @@ def show_fidelity(args):
               f"{pixel} | {moving} | {precision:>9s}  {recall:>6s}  {r['rewards_real']:4d}  "
               f"{r['rewards_dreamed']:7d}")
 
+
+TEMPERATURES = (0.1, 0.5, 1.0, 1.15, 1.3)       # those of Ha & Schmidhuber, Table 2
+
+
+def virtual_scores(models, buffer, steps, most=256):
+    """From up to `most` moments of real episodes of this policy (at least `steps` steps before
+    their ends): what it is paid in the next `steps` steps -> dict of float [n], rewards clipped:
+
+    "real"       in the game, in just these episodes
+    temperature  in a dream from there, codes drawn at that temperature, one of TEMPERATURES
+    """
+    starts = np.flatnonzero(buffer.start[:max(0, len(buffer) - steps + 1)]
+                            == buffer.start[steps - 1:len(buffer)])
+    if not len(starts):
+        raise UserError(f"no episode lasted the {steps} steps of a dream")
+    rows = starts[::-(-len(starts) // most), None] + np.arange(steps)                # [n, steps]
+    paid = reward_class(torch.from_numpy(buffer.rewards[rows])) - 1
+    codes, scores = encoded(models, buffer, rows[:, 0]), {"real": paid.sum(1)}
+    for temperature in TEMPERATURES:
+        with models.autocast():
+            rollout = dream(models.dynamics, models.vqvae.embed, models.policy, codes, steps,
+                            temperature, models.config.policy_memory)
+        # After the first end, if the model predicts ends, it is another dream.
+        before = rollout["dones"].long().cumsum(0) - rollout["dones"].long() == 0
+        scores[temperature] = (rollout["rewards"] * before).sum(0).cpu()
+    return {name: score.double().numpy() for name, score in scores.items()}
+
+
+def show_sweep(args):
+    """--sweep-temperature: virtual against actual score of each run's policy, in one table."""
+    result = []
+    for folder in args.runs:
+        models, config, interactions = load_models(folder, args.device)
+        torch.manual_seed(args.seed)
+        episodes = args.episodes or 8
+        buffer = record(models, config.game, [args.seed * 10_000 + i for i in range(episodes)], 1.0,
+                        most=27_000)
+        steps = args.steps or config.dream_steps
+        scores = virtual_scores(models, buffer, steps)
+        returns = np.add.reduceat(buffer.rewards, np.unique(buffer.start)).tolist()
+        result.append({
+            "run": str(folder), "game": config.game, "preset": config.preset, "seed": config.seed,
+            "trained_at": config.temperature, "steps": steps, "moments": len(scores["real"]),
+            "actual_score": float(np.mean(returns)), "actual_std": float(np.std(returns)),
+            "episodes": episodes} | {
+            f"virtual_{name}" if name != "real" else "actual_steps": float(score.mean())
+            for name, score in scores.items()} | {
+            f"virtual_{name}_std" if name != "real" else "actual_steps_std": float(score.std())
+            for name, score in scores.items()})
+    if args.json:
+        print(json.dumps(result))
+        return
+    print("actual: mean score of whole episodes (std). Then sums of clipped rewards over so many "
+          "steps from the same moments of these episodes, mean (std):\nin the game, and in dreams "
+          "with codes drawn at each temperature (Ha & Schmidhuber, Table 2).\n")
+    width = max(len(r["run"]) for r in result)
+    print(f"{'run':{width}s}  trained at         actual  episodes  steps  moments |        in game "
+          "| " + " ".join(f"{f'at {t:g}':>14s}" for t in TEMPERATURES))
+    for r in result:
+        def cell(name):
+            return f"{r[name]:.2f} ({r[name + '_std']:.2f})"
+        actual = f"{r['actual_score']:.1f} ({r['actual_std']:.1f})"
+        print(f"{r['run']:{width}s}  {r['trained_at']:10g}  {actual:>13s}  {r['episodes']:8d}  "
+              f"{r['steps']:5d}  {r['moments']:7d} | {cell('actual_steps'):>14s} | "
+              + " ".join(f"{cell(f'virtual_{t}'):>14s}" for t in TEMPERATURES))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -699,6 +785,133 @@ def show_pictures(args):
         save_pictures(path, video_pictures(models, buffer, names))
 
 
+# --------------------------------------------------------------------------------------------------
+# Play: a person inside the dream
+# --------------------------------------------------------------------------------------------------
+
+
+def action_of(held, names):
+    """Keys held down -> number of the game's action. names: as AtariEnv.action_meanings.
+
+    up + right + f -> UPRIGHTFIRE; what the game does not have is left out, fire first. A game that
+    knows no UP takes up for RIGHT and down for LEFT: that is how Pong's paddle moves.
+    """
+    if not any(name.startswith("UP") for name in names):
+        held = {{"up": "right", "down": "left"}.get(key, key) for key in held}
+    vertical = "UP" if "up" in held else "DOWN" if "down" in held else ""
+    across = "RIGHT" if "right" in held else "LEFT" if "left" in held else ""
+    fire = "FIRE" if held & {"f", "enter"} else ""
+    for name in (vertical + across + fire, vertical + across, across + fire, vertical + fire,
+                 across, vertical, fire):
+        if name in names:
+            return names.index(name)
+    return 0                                            # NOOP
+
+
+class Player:
+    """The window of --play: keys, pictures and a DreamEnv in between.
+
+    figure: of matplotlib; its key events are listened to. `tick` is one step of the dream.
+    """
+
+    HELP = ("arrows: move   f or enter: fire   space: policy / you   r: another start   "
+            "t / g: temperature up / down")
+
+    def __init__(self, models, starts, names, figure, temperature=1.0, seed=0):
+        self.models, self.names, self.figure = models, names, figure
+        self.env = DreamEnv(models.dynamics, models.vqvae, starts, 1, steps=10**9,
+                            temperature=temperature)
+        self.held, self.by_policy, self.last = set(), False, ""
+        axes = figure.subplots(1, 2)
+        self.images = [axes[0].imshow(np.zeros((96, 96)), cmap="gray", vmin=0, vmax=1),
+                       axes[1].imshow(np.zeros((6, 6)), cmap="nipy_spectral", vmin=0, vmax=127)]
+        for ax, title in zip(axes, ("the dream", "its codes")):
+            ax.set_title(title)
+            ax.axis("off")
+        self.caption = figure.suptitle("")
+        figure.text(0.5, 0.02, self.HELP, ha="center", fontsize=8)
+        figure.canvas.mpl_connect("key_press_event", self.press)
+        figure.canvas.mpl_connect("key_release_event", lambda event: self.held.discard(key(event)))
+        self.restart(seed)
+
+    def restart(self, seed=None):
+        """Another real moment, score and step 0. A seed decides all that follows."""
+        self.observation, _ = self.env.reset(seed=seed)
+        self.score, self.step, self.action = 0.0, 0, 0
+        self.show()
+
+    def press(self, event):
+        pressed = key(event)
+        if pressed == "r":
+            self.restart()
+        elif pressed in ("t", "g"):
+            factor = 1.1 if pressed == "t" else 1 / 1.1
+            self.env.temperature = min(max(self.env.temperature * factor, 0.05), 20)
+        elif pressed == " ":
+            self.by_policy = not self.by_policy
+        else:
+            self.held.add(pressed)
+        self.show()
+
+    @torch.no_grad()
+    def tick(self):
+        """One step of the dream under the keys held, or under the policy."""
+        with self.models.autocast():
+            if self.by_policy:
+                x = torch.from_numpy(self.observation).to(self.models.device)
+                if self.models.config.policy_memory:
+                    x = torch.cat([x, self.env.state[1][0]], 1)
+                self.action = int(sample(self.models.policy(x)[0], generator=self.env.generator))
+            else:
+                self.action = action_of(self.held, self.names)
+            self.observation, reward, over, _, _ = self.env.step(np.array([self.action]))
+        self.score += float(reward[0])
+        self.step += 1
+        if over[0]:                                     # predicted: another dream has begun
+            self.last = f"   the last dream ended with {self.score:g}"
+            self.score, self.step = 0.0, 0
+        self.show()
+
+    def show(self):
+        self.images[0].set_data(decoded(self.models, self.env.codes)[0].numpy())
+        self.images[1].set_data(self.env.codes[0].cpu().numpy())
+        self.caption.set_text(
+            f"score {self.score:g}   step {self.step}   {self.names[self.action]}   "
+            f"temperature {self.env.temperature:.2f}   "
+            f"{'the policy plays' if self.by_policy else 'you play'}{self.last}")
+        self.figure.canvas.draw_idle()
+
+
+def key(event):
+    """The key of a matplotlib event, without shift and its like, in lower case."""
+    name = event.key or ""
+    return name.lower().split("+")[-1]
+
+
+def show_play(args):
+    """--play: opens the window; 15 steps a second, the pace of the game."""
+    import matplotlib
+    try:
+        import matplotlib.pyplot as plt
+        figure = plt.figure(figsize=(9, 5.2), num="the dream")
+    except Exception:                                   # each toolkit has an error of its own
+        figure = None
+    if figure is None or figure.canvas.required_interactive_framework is None:
+        raise UserError("--play needs a window: there is no display here, or none that matplotlib "
+                        "knows how to use (it needs e.g. tkinter)")
+    for name in [name for name in matplotlib.rcParams if name.startswith("keymap.")]:
+        matplotlib.rcParams[name] = []                  # f would mean full screen, r home, ..
+    models, config, _ = load_models(args.runs[0], args.device)
+    torch.manual_seed(args.seed)
+    buffer = record(models, config.game, [args.seed], 1.0, most=500)
+    player = Player(models, encoded(models, buffer), AtariEnv(config.game).action_meanings, figure,
+                    args.temperature, args.seed)
+    timer = figure.canvas.new_timer(interval=1000 // 15)
+    timer.add_callback(player.tick)
+    timer.start()
+    plt.show()
+
+
 def judge_one(args):
     """Plays episodes with one run's newest checkpoint, or at random, and prints the scores."""
     if args.random:
@@ -759,7 +972,13 @@ def main(arguments=None):
                         "under the same actions (.gif, or .png: a strip)")
     parser.add_argument("--video", metavar="play.gif", help="draw the policy in the real game and "
                         "what the world model sees (.gif, or .png: a strip)")
-    parser.add_argument("--steps", type=int, help="of --dream (default 50) or --video (200)")
+    parser.add_argument("--sweep-temperature", action="store_true", help="the policy's score in "
+                        "dreams of several temperatures beside its score in the game (--episodes, "
+                        "default 8)")
+    parser.add_argument("--play", action="store_true", help="play inside the dream, in a window. "
+                        + Player.HELP)
+    parser.add_argument("--steps", type=int, help="of --dream (default 50), --video (200) or of "
+                        "the dreams of --sweep-temperature (as in training)")
     parser.add_argument("--random", action="store_true",
                         help="judge the uniformly random policy instead")
     parser.add_argument("--game", help="the game for --random (default: the run's)")
@@ -767,7 +986,7 @@ def main(arguments=None):
                         "runs: none, their stored evaluations are read)")
     parser.add_argument("--parallel", type=int, default=8, help="games played at once")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the policy's "
-                        "softmax; with --fidelity and --dream of the dreamed codes")
+                        "softmax; with --fidelity, --dream and --play of the dreamed codes")
     parser.add_argument("--seed", type=int, default=1000,
                         help="of the episodes and the sampled actions")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -788,17 +1007,24 @@ def main(arguments=None):
             if args.random or not args.runs:
                 raise UserError("--plot draws the curves of runs: name one or more")
             check_name(args.plot, ".png", ".pdf", ".svg")
-        looks = [name for name in ("fidelity", "dream", "video") if getattr(args, name)]
+        looks = [name for name in ("fidelity", "dream", "video", "play") if getattr(args, name)]
         if looks and (len(args.runs) != 1 or args.random or args.plot or len(looks) > 1):
             raise UserError(f"--{looks[0]} looks into one run: name one run folder, and neither "
                             f"--random nor --plot nor a second look")
+        if args.sweep_temperature and (not args.runs or args.random or args.plot or looks):
+            raise UserError("--sweep-temperature takes one run folder or more, and neither "
+                            "--random nor --plot nor another look")
         if args.steps is not None and not 1 <= args.steps <= 2000:
             raise UserError("--steps must lie in 1 .. 2000")
         if args.fidelity:
             show_fidelity(args)
+        elif args.sweep_temperature:
+            show_sweep(args)
+        elif args.play:
+            show_play(args)
         elif looks:
             show_pictures(args)
-        elif len(args.runs) > 1 or args.plot:
+        elif len(args.runs) > 1 or args.plot or not args.random and is_ppo(args.runs[0]):
             judge_many(args)
         else:
             judge_one(args)

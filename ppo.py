@@ -2,18 +2,24 @@
 and the policy network.
 
 The paper trains this agent on dreams alone (Section 3.4); nothing here knows that. The functions
-take any network that returns (action logits, values), so the same lines solve CartPole below.
+take any network that returns (action logits, values), so the same lines solve CartPole below, and
+learn Atari games from pixels without a world model: the baseline of Figure 5.
 
 Time alignment, row t of a rollout:
 
     z_t --policy--> a_t, log p(a_t | z_t), V(z_t) --world--> r_t, done_t        t = 0 .. T-1
     done_t: the episode ended after a_t. Then nothing of row t + 1 belongs to row t.
 
-    python ppo.py             # solves CartPole-v1 on a CPU in under two minutes
+    python ppo.py                     # solves CartPole-v1 on a CPU in under two minutes
+    python ppo.py --game Freeway      # model-free, 102,400 interactions, judged as train.py judges
 
 Dimension key:  T steps   B parallel worlds   N = T * B samples, or a minibatch of them   M actions
 """
 import argparse
+import csv
+import difflib
+import json
+import pathlib
 import sys
 import time
 
@@ -161,83 +167,236 @@ class CartPoleNet(nn.Module):
         return self.actor(x), self.critic(x)[:, 0]
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Solve CartPole-v1 with PPO.")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=150_000,
-                        help="steps at most, over all environments")
-    args = parser.parse_args()
-    torch.manual_seed(args.seed)
-    torch.set_num_threads(1)                  # 64 units: threads would only wait for each other
+class PixelNet(nn.Module):
+    """The usual network for Atari pixels (Mnih et al., 2015): three convolutions, 512 units."""
 
+    def __init__(self, num_actions):
+        super().__init__()
+        self.trunk = nn.Sequential(
+            nn.Conv2d(4, 32, 8, stride=4), nn.ReLU(),                    # 84x84 -> 20x20
+            nn.Conv2d(32, 64, 4, stride=2), nn.ReLU(),                   # -> 9x9
+            nn.Conv2d(64, 64, 3), nn.ReLU(),                             # -> 7x7
+            nn.Flatten(), nn.Linear(64 * 7 * 7, 512), nn.ReLU())
+        self.actor, self.critic = nn.Linear(512, num_actions), nn.Linear(512, 1)
+        for layer in self.trunk[0::2]:
+            if hasattr(layer, "weight"):
+                nn.init.orthogonal_(layer.weight, 2**0.5)
+        nn.init.orthogonal_(self.actor.weight, 0.01)
+        nn.init.orthogonal_(self.critic.weight, 1.0)
+
+    def forward(self, x):
+        """x uint8 [N, 4, 84, 84] -> (logits [N, M], values [N])."""
+        y = self.trunk(x.float() / 255)
+        return self.actor(y), self.critic(y)[:, 0]
+
+
+@torch.no_grad()
+def play(network, envs, observation, steps, gamma=0.99, clip_rewards=False):
+    """Rolls the current policy out in a gymnasium vector environment (SAME_STEP autoreset: when an
+    episode ends, step() already returns the first observation of the next one).
+
+    observation: of the B environments now, numpy. clip_rewards: learn from rewards in [-1, 1].
+    -> (the last observation, observations [T, B, ...], dict of [T, B]: what ppo_update wants, and
+    points, the rewards as the environments paid them).
+    """
+    device = next(network.parameters()).device
+    observations, rows = [], []
+    for _ in range(steps):
+        x = torch.as_tensor(observation, device=device)
+        logits, value = network(x)
+        distribution = torch.distributions.Categorical(logits=logits)
+        action = distribution.sample()
+        observation, points, terminated, truncated, info = envs.step(action.cpu().numpy())
+        points = torch.as_tensor(points, dtype=torch.float32)
+        reward = (points.clamp(-1, 1) if clip_rewards else points).to(device)
+        if truncated.any():
+            # Cut by the clock: the value of the last observation stands for the rewards that would
+            # have come. (A fallen pole is worth nothing.)
+            final = torch.as_tensor(np.stack(list(info["final_obs"][truncated])), device=device)
+            reward[torch.as_tensor(truncated, device=device)] += gamma * network(final)[1]
+        observations.append(x)
+        rows.append((action, distribution.log_prob(action), value, reward,
+                     torch.as_tensor(terminated | truncated, device=device), points))
+    names = ("actions", "log_probs", "values", "rewards", "dones", "points")
+    return (observation, torch.stack(observations),
+            {n: torch.stack(c) for n, c in zip(names, zip(*rows))})
+
+
+@torch.no_grad()
+def whole_episodes(network, envs, seed):
+    """One whole episode in each environment, from seeds seed, seed + 1, ..; actions are sampled
+    -> list of scores.
+    """
+    device = next(network.parameters()).device
+    observation, _ = envs.reset(seed=seed)
+    scores, playing = np.zeros(envs.num_envs), np.ones(envs.num_envs, bool)
+    while playing.any():
+        logits, _ = network(torch.as_tensor(observation, device=device))
+        action = torch.distributions.Categorical(logits=logits).sample()
+        observation, points, terminated, truncated, _ = envs.step(action.cpu().numpy())
+        scores += points * playing
+        playing &= ~(terminated | truncated)
+    return scores.tolist()
+
+
+def cartpole(seed, steps):
+    """Solves CartPole-v1: mean return of at least 475 over 104 episodes, or an error."""
+    torch.set_num_threads(1)                  # 64 units: threads would only wait for each other
     num_envs, T, start = 8, 128, time.time()
-    # SAME_STEP: when an episode ends, step() already returns the first observation of the next one.
-    envs = gym.make_vec("CartPole-v1", num_envs=num_envs, vectorization_mode="sync",
-                        vector_kwargs={"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP})
+    envs, test_envs = [gym.make_vec(
+        "CartPole-v1", num_envs=num_envs, vectorization_mode="sync",
+        vector_kwargs={"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}) for _ in range(2)]
     network = CartPoleNet(4, 2)
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, eps=1e-5)
-
-    def play(observation, steps):
-        """Rolls the current policy out:
-        (last observation, observations [T, B, 4], dict of [T, B]).
-        """
-        observations, rows = [], []
-        for _ in range(steps):
-            x = torch.as_tensor(observation, dtype=torch.float32)
-            with torch.no_grad():
-                logits, value = network(x)
-            distribution = torch.distributions.Categorical(logits=logits)
-            action = distribution.sample()
-            observation, reward, terminated, truncated, info = envs.step(action.numpy())
-            reward = torch.as_tensor(reward, dtype=torch.float32)
-            if truncated.any():
-                # Cut by the clock at 500 steps, the pole still stands: the last observation's value
-                # stands for the rewards that would have come. (A fallen pole is worth nothing.)
-                final = torch.as_tensor(np.stack(info["final_obs"][truncated]), dtype=torch.float32)
-                with torch.no_grad():
-                    reward[torch.as_tensor(truncated)] += 0.99 * network(final)[1]
-            observations.append(x)
-            rows.append((action, distribution.log_prob(action), value, reward,
-                         torch.as_tensor(terminated | truncated)))
-        names = ("actions", "log_probs", "values", "rewards", "dones")
-        return (observation, torch.stack(observations),
-                {n: torch.stack(c) for n, c in zip(names, zip(*rows))})
-
-    def evaluate(episodes=100):
-        """Mean return of the sampled policy over whole episodes."""
-        returns, observation, score = [], envs.reset(seed=args.seed + 1)[0], np.zeros(num_envs)
-        while len(returns) < episodes:
-            with torch.no_grad():
-                logits, _ = network(torch.as_tensor(observation, dtype=torch.float32))
-            action = torch.distributions.Categorical(logits=logits).sample().numpy()
-            observation, reward, terminated, truncated, _ = envs.step(action)
-            score += reward
-            for i in np.flatnonzero(terminated | truncated):
-                returns.append(score[i])
-                score[i] = 0
-        return float(np.mean(returns[:episodes]))
-
-    observation, steps, mean_return = envs.reset(seed=args.seed)[0], 0, 0.0
-    updates = args.steps // (num_envs * T)
+    observation, mean_return, updates = envs.reset(seed=seed)[0], 0.0, steps // (num_envs * T)
     for update in range(1, updates + 1):
         optimizer.param_groups[0]["lr"] = 1e-3 * (1 - (update - 1) / updates)
-        observation, observations, rollout = play(observation, T)
+        observation, observations, rollout = play(network, envs, observation, T)
         with torch.no_grad():
-            last_value = network(torch.as_tensor(observation, dtype=torch.float32))[1]
+            last_value = network(torch.as_tensor(observation))[1]
         parts = ppo_update(network, optimizer, observations, rollout, last_value, epochs=8,
                            clip=0.2, value_clip=1e9, entropy_coef=0.0)
-        steps += num_envs * T
         if update % 10 == 0 or update == updates:
-            mean_return = evaluate()
-            print(f"{steps:7d} steps  mean return over 100 episodes {mean_return:5.1f}  "
-                  f"entropy {parts['entropy']:.2f}  {time.time() - start:5.1f} s", flush=True)
-            observation, _ = envs.reset()
+            mean_return = np.mean([whole_episodes(network, test_envs, 1000 * seed + 8 * i)
+                                   for i in range(13)])
+            print(f"{update * num_envs * T:7d} steps  mean return over 104 episodes "
+                  f"{mean_return:5.1f}  entropy {parts['entropy']:.2f}  "
+                  f"{time.time() - start:5.1f} s", flush=True)
             if mean_return >= 475:
-                print(f"CartPole-v1 solved: mean return {mean_return:.1f} >= 475 over 100 "
-                      f"episodes, after {steps} steps and {time.time() - start:.0f} s")
+                print(f"CartPole-v1 solved: mean return {mean_return:.1f} >= 475 over 104 episodes,"
+                      f" after {update * num_envs * T} steps and {time.time() - start:.0f} s")
                 return
     sys.exit(f"error: CartPole-v1 not solved in {steps} steps (mean return {mean_return:.1f}); "
              f"try another --seed or more --steps")
+
+
+def atari_envs(game, num_envs):
+    """num_envs Atari games side by side, observations uint8 [B, 4, 84, 84], under the protocol of
+    the Atari 100K papers. ValueError names the nearest games if it is unknown.
+    """
+    import ale_py
+    from ale_py.vector_env import AtariVectorEnv
+    gym.register_envs(ale_py)
+    ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
+    names = {name[4:-3].lower(): name[4:-3] for name in gym.registry
+             if name.startswith("ALE/") and name.endswith("-v5")}
+    if game not in names.values():
+        close = difflib.get_close_matches(game.lower().replace("_", ""), names, cutoff=0.5)
+        hint = ", ".join(names[c] for c in close) or "Pong, Freeway, Breakout"
+        raise ValueError(f"unknown game {game!r}; the nearest names: {hint}")
+    # Defaults are: grey, four frames skipped, the maximum of the last two, four of these stacked,
+    # up to 30 no-ops, no sticky actions, no end at a lost life, cut after 108,000 frames. Rewards
+    # are clipped by `play` instead, which needs the unclipped ones too.
+    return AtariVectorEnv(gym.spec(f"ALE/{game}-v5").kwargs["game"], num_envs,
+                          reward_clipping=False, use_fire_reset=False,
+                          autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+
+
+def atari(game, interactions, seed, out, device, episodes=32):
+    """Model-free PPO from pixels (Figure 5), with the settings for Atari of Schulman et al. (2017),
+    Table 5; then `episodes` whole episodes of the final policy.
+
+    Writes config.json, metrics.csv (a row for each five updates; collect_return is the mean score
+    of the training episodes that ended in it) and, at the end, evaluation.json into the folder
+    <out>/<game>-ppo-s<seed>, in the form of train.py's, where evaluate.py finds them. No weights:
+    a run that is stopped must start again.
+    """
+    num_envs, T, start = 8, 128, time.time()
+    updates = interactions // (num_envs * T)
+    if updates < 1:
+        raise ValueError(f"--interactions must be {num_envs * T} or more, a rollout of each "
+                         f"environment")
+    try:
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"device {device!r} is not available here") from None
+    envs = atari_envs(game, num_envs)
+    folder = pathlib.Path(out) / f"{game}-ppo-s{seed}"
+    if (folder / "evaluation.json").exists():
+        raise ValueError(f"{folder} already holds a run; choose another --seed or --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    run = {"game": game, "preset": "ppo", "seed": seed, "interactions": updates * num_envs * T}
+    (folder / "config.json").write_text(json.dumps(run | {"iterations": -(-updates // 5)}))
+    network = PixelNet(int(envs.single_action_space.n)).to(device)
+    optimizer = torch.optim.Adam(network.parameters(), lr=2.5e-4, eps=1e-5)
+    print(f"model-free PPO, {game}, {run['interactions']:,} interactions on {device}, into "
+          f"{folder}", flush=True)
+
+    def clock(seconds):
+        return time.strftime("%H:%M:%S", time.gmtime(seconds))
+
+    observation, rows = envs.reset(seed=seed)[0], []
+    running, ended = np.zeros(num_envs), []       # scores of the open episodes, of the ended ones
+    for update in range(1, updates + 1):
+        optimizer.param_groups[0]["lr"] = 2.5e-4 * (1 - (update - 1) / updates)
+        observation, observations, rollout = play(network, envs, observation, T, clip_rewards=True)
+        for points, done in zip(rollout["points"].numpy(), rollout["dones"].cpu().numpy()):
+            running += points
+            ended += running[done].tolist()
+            running[done] = 0
+        with torch.no_grad():
+            last_value = network(torch.as_tensor(observation, device=device))[1]
+        parts = ppo_update(network, optimizer, observations, rollout, last_value)
+        if update == 1:
+            print(f"training takes about {clock((time.time() - start) * updates)} (h:mm:ss)",
+                  flush=True)
+        if update % 5 == 0 or update == updates:
+            row = {"iteration": len(rows) + 1, "interactions": update * num_envs * T,
+                   "collect_episodes": len(ended)}
+            if ended:
+                row["collect_return"] = np.mean(ended)
+            rows.append(row | {name: float(value) for name, value in parts.items()})
+            if update == updates:
+                print(f"playing {episodes} episodes", flush=True)
+                scores = []
+                while len(scores) < episodes:
+                    scores += whole_episodes(network, envs, seed + 10**6 + len(scores))
+                scores = scores[:episodes]
+                rows[-1] |= {"real_return": np.mean(scores), "real_episodes": len(scores)}
+            columns = dict.fromkeys(name for row in rows for name in row)
+            with open(folder / "metrics.csv", "w", newline="") as file:
+                table = csv.DictWriter(file, columns, lineterminator="\n")
+                table.writeheader()
+                table.writerows(rows)
+            elapsed = time.time() - start
+            print(f"{row['interactions']:7d} interactions  "
+                  + (f"mean score {np.mean(ended):.1f} of {len(ended)} episodes  " if ended else "")
+                  + f"entropy {parts['entropy']:.2f}  {clock(elapsed)}, training ends in about "
+                    f"{clock(elapsed / update * (updates - update))}", flush=True)
+            ended = []
+    result = run | {"episodes": len(scores), "temperature": 1.0, "mean": np.mean(scores),
+                    "std": np.std(scores), "median": np.median(scores), "best": np.max(scores),
+                    "returns": scores, "protocol":
+                    "sampled actions, up to 30 no-ops at reset, no sticky actions, no life-loss "
+                    "termination, unclipped game score, at most 108,000 frames"}
+    (folder / "evaluation.json").write_text(json.dumps(result, indent=1))
+    print(f"{game}: mean {np.mean(scores):.1f}  std {np.std(scores):.1f}  median "
+          f"{np.median(scores):.1f}  best {np.max(scores):.1f}  over {len(scores)} episodes")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Solve CartPole-v1 with PPO, or learn an Atari "
+                                                 "game from pixels (--game).")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=150_000,
+                        help="of CartPole at most, over all environments")
+    parser.add_argument("--game", help="Atari game, e.g. Freeway: the model-free baseline")
+    parser.add_argument("--interactions", type=int, default=102_400,
+                        help="with --game: steps of four frames, over all environments")
+    parser.add_argument("--out", default="runs", help="with --game: where the run's folder is made")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="with --game")
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+    try:
+        if args.game is None:
+            cartpole(args.seed, args.steps)
+        else:
+            atari(args.game, args.interactions, args.seed, args.out, args.device)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ from torch._dynamo.backends.debugging import aot_eager
 from torch.utils.flop_counter import FlopCounterMode
 
 import evaluate
+import ppo
 import train
 from atari import AtariEnv, ExperienceBuffer, area_matrix
 from convlstm import ConvLSTMCell
@@ -552,10 +553,11 @@ def test_convlstm_norms_and_peepholes_by_hand():
 M, K, D = 3, 8, 4                              # a small world: actions, codes, code dimensions
 
 
-def small_world(B=3, L=6):
+def small_world(B=3, L=6, **settings):
     """(dynamics, embed, batch of codes, actions, rewards, ends) with no episode end in it."""
     torch.manual_seed(0)
-    dynamics, vectors = Dynamics(M, num_codes=K, code_dim=D, hidden=6), torch.randn(K, D)
+    dynamics, vectors = (Dynamics(M, num_codes=K, code_dim=D, hidden=6, **settings),
+                         torch.randn(K, D))
     batch = [torch.randint(K, (B, L, 6, 6)), torch.randint(M, (B, L)),
              torch.randint(-2, 3, (B, L)).float(), torch.zeros(B, L, dtype=torch.bool)]
     return dynamics, lambda codes: F.embedding(codes, vectors).permute(0, 3, 1, 2), batch
@@ -756,6 +758,102 @@ def test_dream_draws_codes_and_rewards_from_the_predictions():
     assert len(twins["actions"].unique()) == M                       # sampled: not the best one
 
 
+def test_the_third_head_against_plain_loops():
+    """--predict-ends: the loss of ends counts an end 100 times; cuts are no ends of the game."""
+    dynamics, embed, (codes, actions, rewards, ends) = small_world(predict_ends=True)
+    assert not hasattr(Dynamics(M, hidden=4).end_head, "linear2")    # off by default
+    ends[0, 2] = ends[2, 0] = ends[2, 4] = ends[1, 5] = True
+    terminated = ends.clone()
+    terminated[2, 0] = False                   # there recording was cut
+    torch.nn.init.normal_(dynamics.end_head.linear2.weight, 0, 3)
+    loss, parts = dynamics.loss(codes, actions, rewards, ends, embed, context=6, reward_weight=0.3,
+                                terminated=terminated)
+    losses, truth, said = [], [], []
+    for b in range(3):
+        state = dynamics.initial_state(1)
+        for t in range(5):
+            _, _, state = dynamics(embed(codes[b:b + 1, t]), actions[b:b + 1, t], state)
+            logit = dynamics.end_logits(actions[b:b + 1, t], state).item()
+            h, planes = state[1][0], F.one_hot(actions[b:b + 1, t], M)[:, :, None, None]
+            y = torch.cat([h, planes.expand(-1, -1, 6, 6)], 1)
+            raw = dynamics.end_head(y).item()
+            assert logit == pytest.approx(raw - math.log(100), abs=1e-5)
+            over = terminated[b, t].item()
+            losses.append((100 if over else 1) * -math.log(
+                1 / (1 + math.exp(-raw if over else raw))))
+            truth.append(over)
+            said.append(logit > 0)
+            if ends[b, t]:
+                state = dynamics.initial_state(1)
+    assert sum(truth) == 2
+    assert parts["end_loss"].item() == pytest.approx(np.mean(losses), rel=1e-4)
+    assert loss.item() == pytest.approx((parts["code_loss"] + 0.3 * (
+        parts["reward_loss"] + parts["end_loss"])).item(), rel=1e-5)
+    assert parts["end_true"].item() == pytest.approx(2 / 15)
+    assert parts["end_predicted"].item() == pytest.approx(np.mean(said))
+    assert parts["end_right"].item() == pytest.approx(np.mean(np.array(said) & truth))
+    _, same = dynamics.loss(codes, actions, rewards, ends, embed, context=6)
+    assert same["end_true"].item() == pytest.approx(3 / 15)          # not told better: every end
+
+    # The weight does not make ends likelier: the loss is least where the head says 2 in 15.
+    torch.nn.init.zeros_(dynamics.end_head.linear2.weight)
+    with torch.no_grad():
+        dynamics.end_head.linear2.bias[:] = math.log(2 / 13) + math.log(100)
+    dynamics.loss(codes, actions, rewards, ends, embed, terminated=terminated)[0].backward()
+    assert dynamics.end_head.linear2.bias.grad.abs() < 1e-6 * 1e-4   # of 1e-6 times the gradient
+
+
+def test_an_end_is_learned():
+    """--predict-ends: one step in twenty ends the game; the head finds out by what."""
+    dynamics, embed, _ = small_world(predict_ends=True)
+    optimizer = torch.optim.Adam(dynamics.parameters(), lr=1e-2)
+    for _ in range(40):
+        codes, actions = torch.randint(1, K, (100, 2, 6, 6)), torch.randint(M, (100, 2))
+        ends = torch.rand(100, 2) < 0.05
+        codes[ends] = 0                        # the screen goes blank
+        loss, parts = dynamics.loss(codes, actions, torch.zeros(100, 2), ends, embed,
+                                    reward_weight=1.0)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert parts["end_right"] == parts["end_predicted"] == parts["end_true"] > 0
+
+
+def test_a_dream_ends_where_the_model_says(monkeypatch):
+    """--predict-ends: an ended dream goes on as another from a real start, the state forgotten;
+    then GAE does not look past the end, but past the last step."""
+    world, T, B = CountingWorld(), 12, 6
+    starts = torch.randint(8, (B, 6, 6))
+
+    def policy(z):
+        return torch.zeros(len(z), 3), z[:, :8].argmax(1).float().mean((1, 2))
+
+    monkeypatch.setattr(world, "end_head", True, raising=False)
+    torch.manual_seed(0)
+    batch = dream(world, world.embed, policy, starts, steps=T, memory=True)
+    assert torch.equal(batch["dones"], batch["actions"] == 0)
+    known, age = {tuple(s.flatten().tolist()) for s in starts}, torch.zeros(B, dtype=torch.int64)
+    begun = set()
+    for t in range(T):
+        assert torch.equal(batch["memory"][t, :, 0, 0, 0].long(), age)
+        step = batch["actions"][t] + age
+        following = (batch["codes"][t] + step[:, None, None]) % 8
+        age += 1
+        for b in range(B):
+            if batch["dones"][t, b]:
+                age[b] = 0
+                if t < T - 1:
+                    begun.add(tuple(batch["codes"][t + 1, b].flatten().tolist()))
+            elif t < T - 1:
+                assert torch.equal(batch["codes"][t + 1, b], following[b])
+            else:                              # nothing ends with the last step
+                assert batch["last_value"][b] == following[b].float().mean()
+    assert begun <= known and len(begun) > 3 and 0 < batch["dones"][-1].sum() < B
+    monkeypatch.setattr(world, "end_head", None, raising=False)
+    still = dream(world, world.embed, policy, starts, steps=T)
+    assert still["dones"].sum() == B and not still["last_value"].any()
+
+
 # ----------------------------------------------------------------------------------------------
 # ppo.py: learning from what was dreamed
 # ----------------------------------------------------------------------------------------------
@@ -885,6 +983,149 @@ def test_ppo_update_visits_every_sample_and_limits_the_gradient():
     assert steps == pytest.approx([0.5] * 16, rel=1e-3)
 
 
+def test_the_pixel_network_is_the_usual_one():
+    """Mnih et al. (2015): 8x8/4, 4x4/2, 3x3/1 convolutions and 512 units; here with two heads."""
+    network = ppo.PixelNet(6)
+    count = sum(p.numel() for p in network.parameters())
+    convolutions = (4 * 64 + 1) * 32 + (32 * 16 + 1) * 64 + (64 * 9 + 1) * 64
+    assert count == convolutions + (64 * 7 * 7 + 1) * 512 + (512 + 1) * (6 + 1)
+    logits, values = network(torch.randint(256, (3, 4, 84, 84), dtype=torch.uint8))
+    assert logits.shape == (3, 6) and values.shape == (3,)
+    assert logits.abs().max() < 0.5            # close to the uniform policy at first
+
+
+def test_the_baseline_plays_the_same_game():
+    """Model-free PPO sees what AtariEnv shows, from an independent implementation: grey, maximum of
+    the last two of four frames, 84x84 by area; no sticky actions, no fire at reset."""
+    envs = ppo.atari_envs("Breakout", 2)
+    observation, info = envs.reset(seed=3)
+    own = [AtariEnv("Breakout", size=84, noop_max=0) for _ in range(2)]
+    for env, noops in zip(own, info["frame_number"]):
+        assert 0 <= noops <= 30
+        env.reset(seed=0)
+        for _ in range(noops):
+            screen = env.ale.step(0)[0]
+        assert np.abs(env.resize(screen) - observation[own.index(env), 3].astype(int)).max() <= 1
+    points, rng = 0, np.random.default_rng(0)
+    for t in range(120):
+        actions = np.array([1, 1]) if t % 20 == 0 else rng.integers(4, size=2)
+        observation, rewards, terminated, truncated, _ = envs.step(actions)
+        for i, env in enumerate(own):
+            frame, reward, over, _ = env.step(actions[i])
+            assert np.abs(frame.astype(int) - observation[i, 3]).max() <= 1, (t, i)
+            assert rewards[i] == reward and over == terminated[i]
+            points += reward
+    assert points > 0
+    # Rewards are not clipped: a bank in BankHeist pays 10 and more.
+    envs = ppo.atari_envs("BankHeist", 1)
+    envs.reset(seed=0)
+    paid = {int(envs.step(rng.integers(18, size=1))[1][0]) for _ in range(400)}
+    assert max(paid) >= 10
+    with pytest.raises(ValueError, match="nearest names: Freeway"):
+        ppo.atari_envs("Freewya", 1)
+
+
+class Clock(gym.vector.VectorEnv):
+    """Environment i pays 1, 2, 3, .. points, ends after 3 + i steps: the first by the clock."""
+
+    single_action_space = gym.spaces.Discrete(2)
+
+    def __init__(self, num_envs):
+        self.num_envs, self.last = num_envs, 3 + np.arange(num_envs)
+
+    def reset(self, seed=None):
+        self.t = np.zeros(self.num_envs, int)
+        return self.t[:, None].astype(np.float32), {}
+
+    def step(self, actions):
+        self.t += 1
+        points, over = self.t.copy(), self.t == self.last
+        info = {"final_obs": np.where(over, self.t, 0)[:, None].astype(np.float32)}
+        self.t[over] = 0
+        return (self.t[:, None].astype(np.float32), points, over & (self.last > 3),
+                over & (self.last == 3), info)
+
+
+class ValueIsSum(torch.nn.Module):
+    """V(x) = the sum of x, and two equally likely actions."""
+
+    def __init__(self, num_actions=2):
+        super().__init__()
+        self.zero = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        return self.zero.expand(len(x), 2), x.flatten(1).float().sum(1) + self.zero.detach()
+
+
+def test_a_rollout_bootstraps_where_the_clock_cut_it():
+    """Rewards of a cut episode's last step hold gamma V of its last observation; whole_episodes
+    counts each environment's first episode and no more."""
+    envs, network = Clock(2), ValueIsSum()
+    last, observations, rollout = ppo.play(network, envs, envs.reset()[0], 5, 0.5, True)
+    assert observations[:, :, 0].T.tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 3, 0]]
+    assert last[:, 0].tolist() == [2, 1]
+    assert rollout["points"].T.tolist() == [[1, 2, 3, 1, 2], [1, 2, 3, 4, 1]]
+    assert rollout["rewards"].T.tolist() == [[1, 1, 1 + 0.5 * 3, 1, 1], [1, 1, 1, 1, 1]]
+    assert rollout["dones"].T.tolist() == [[False, False, True, False, False],
+                                           [False, False, False, True, False]]
+    assert rollout["values"].tolist() == observations[:, :, 0].tolist()
+    np.testing.assert_allclose(rollout["log_probs"], math.log(0.5), rtol=1e-6)
+    unclipped = ppo.play(network, envs, envs.reset()[0], 2)[2]
+    assert unclipped["rewards"].T.tolist() == [[1, 2], [1, 2]]
+    assert ppo.whole_episodes(network, envs, 0) == [6, 10]
+
+
+def test_the_baseline_leaves_a_run_that_evaluate_reads(tmp_path, capsys, monkeypatch):
+    """Ppo.py --game writes what the table and Figure 5 need; a stopped one is shown as such."""
+    played = []
+    monkeypatch.setattr(ppo, "PixelNet", ValueIsSum)
+    monkeypatch.setattr(ppo, "atari_envs", lambda game, num_envs: Clock(num_envs))
+    monkeypatch.setattr(ppo, "whole_episodes", lambda network, envs, seed: (
+        played.append(seed), [float(len(played))] * 8)[1])
+    monkeypatch.setattr(sys, "argv", ["ppo.py", *f"--game Breakout --interactions 2100 --out "
+                                      f"{tmp_path} --seed 3 --device cpu".split()])
+    ppo.main()
+    said, folder = capsys.readouterr().out, tmp_path / "Breakout-ppo-s3"
+    assert "training takes about" in said and "mean 2.5" in said and "over 32 episodes" in said
+    result = json.loads((folder / "evaluation.json").read_text())
+    assert result["returns"] == [1.0] * 8 + [2.0] * 8 + [3.0] * 8 + [4.0] * 8
+    assert result["interactions"] == 2048 and result["protocol"] == train.PROTOCOL
+    run = evaluate.read_run(folder)
+    scores = [n * (n + 1) / 2 for n in range(3, 11) for _ in range(256 // n)]
+    mean = sum(scores) / len(scores)           # of all training episodes, each in points
+    assert run["changed"] == {"interactions": 2048} and run["preset"] == "ppo"
+    row, = run["rows"]
+    assert row["collect_return"] == pytest.approx(mean) and row["real_return"] == 2.5
+    with pytest.raises(SystemExit, match="already holds a run"):
+        ppo.main()
+    text = judged(capsys, folder)              # one run of ppo.py: nothing to play with, so a table
+    assert "2.5" in text and "5.9 (3.3)" in text and "ppo with interactions=2048" in text
+    assert_main_refuses("keeps no weights", evaluate.main, folder, "--fidelity")
+
+    ours = made_up_run(tmp_path, "Breakout", 0, [9.0])
+    whole = [json.loads((folder / "config.json").read_text()) | {"interactions": 102_400,
+                                                                 "seed": s} for s in (1, 2, 3)]
+    for i, config in enumerate(whole):
+        other = tmp_path / f"other{i}"
+        shutil.copytree(folder, other)
+        (other / "config.json").write_text(json.dumps(config))
+        (other / "evaluation.json").write_text(json.dumps(
+            result | {"seed": config["seed"], "interactions": 102_400}))
+    (tmp_path / "other2" / "evaluation.json").unlink()
+    drawn = {}
+    monkeypatch.setattr(matplotlib.pyplot, "close", lambda figure: drawn.update(figure=figure))
+    text = judged(capsys, ours, *tmp_path.glob("other*"), "--plot", tmp_path / "a.png")
+    assert re.search(r"Breakout +ppo +1,2 +64 +102,400 \| +2.5 \(0.0\)", text), text
+    assert "other2 stopped early" in text
+    lines = {line.get_label(): line for line in drawn["figure"].axes[0].lines}
+    curve = lines["model-free PPO in training, mean of 2 seeds"]
+    assert curve.get_ydata().tolist() == [run["rows"][-1]["collect_return"]]
+    assert "PPO 100K, published final mean 5.9" in lines
+    looks = [(line.get_linestyle(), line.get_linewidth(), line.get_marker(),
+              str(line._dash_pattern)) for line in lines.values()]
+    assert len(set(looks)) == len(looks)
+
+
 # ----------------------------------------------------------------------------------------------
 # train.py and evaluate.py: everything together
 # ----------------------------------------------------------------------------------------------
@@ -895,6 +1136,17 @@ def tiny_models(device="cpu", **settings):
     small = dict(bf16=False, vqvae_width=0.1, hidden=8, policy_width=0.1, dream_steps=4,
                  minibatch=5)
     return train.Models(train.Config(device=device, **small | settings), num_actions=M)
+
+
+def certain_models(**settings):
+    """Untrained tiny models whose predictions are certain: sampling is taking the likeliest."""
+    torch.manual_seed(1)
+    models = tiny_models(**settings)
+    with torch.no_grad():
+        models.dynamics.code_head.weight *= 1e4
+        models.dynamics.reward_head.linear2.weight *= 1e5
+        models.dynamics.reward_head.linear2.bias.zero_()
+    return models
 
 
 def tiny_windows(device="cpu", B=2, L=6):
@@ -926,7 +1178,8 @@ def test_the_paper_preset_is_the_paper():
         dynamics_lr=5e-4, reward_lr=1e-3, reward_weight=1e-6, dreams=16, dream_steps=50,
         ppo_epochs=4, minibatch=256, gamma=0.99, lam=0.95, clip=0.1, value_clip=0.1,
         value_coef=0.5, entropy_coef=0.01, policy_lr=2.5e-4, max_grad_norm=0.5,
-        collect_temperature=1.5, eval_temperature=1.0, vqvae_width=1.0, policy_width=1.0)
+        collect_temperature=1.5, eval_temperature=1.0, temperature=1.0, vqvae_width=1.0,
+        policy_width=1.0)
     assert {name: getattr(config, name) for name in said} == said
     assert all(f.metadata["help"] for f in dataclasses.fields(config))
 
@@ -1031,6 +1284,181 @@ def test_the_scaled_reward_loss_still_trains_its_head():
     torch.testing.assert_close(head - before, torch.tensor([-1e-3, -1e-3, 1e-3]), rtol=1e-2, atol=0)
 
 
+def test_flags_reach_the_dream():
+    """--temperature flattens the codes of training dreams, and only those; hyphens are fine too."""
+    given = vars(train.parse(["--temperature", "50", "--dream-steps=7", "--gamma=0.5"]))
+    config = train.settings_from({"preset": "smoke"} | {
+        name: given[name] for name in ("temperature", "dream_steps", "gamma")})
+    assert (config.temperature, config.dream_steps, config.gamma) == (50, 7, 0.5)
+    with pytest.raises(train.UserError, match="--temperature must be more than 0"):
+        train.check(dataclasses.replace(config, temperature=0.0))
+
+    def dreamed(temperature):
+        models, seen = certain_models(temperature=temperature), []
+        embed = models.vqvae.embed
+        models.vqvae.embed = lambda codes: (seen.append(codes), embed(codes))[1]
+        torch.manual_seed(3)
+        models.policy_update(tiny_windows()[0][0])
+        return torch.stack(seen[:4])           # [T, B, 6, 6]
+
+    cold, same, hot = dreamed(1.0), dreamed(1.0), dreamed(1e9)
+    assert torch.equal(cold, same) and torch.equal(cold[0], hot[0])      # the starts are real
+    assert (cold[1] != hot[1]).float().mean() > 0.9
+
+
+def test_policy_memory_is_h_of_the_second_cell(monkeypatch):
+    """Eq. 5, Table 1's second form: the policy sees h_{t-1}, in dreams and in real play alike."""
+    assert not train.Config().policy_memory
+    given = vars(train.parse(["--policy-memory"]))
+    assert given["policy_memory"] is True
+    models = certain_models(policy_memory=True)
+    dynamics, embed, policy = models.dynamics, models.vqvae.embed, models.policy
+    assert policy.trunk[0].in_channels == 32 + 8
+
+    # In the dream: the h before each step, zero at first; what was seen is what PPO learns from.
+    batch = dream(dynamics, embed, policy, torch.randint(128, (3, 6, 6)), steps=5, memory=True)
+    state = dynamics.initial_state(3)
+    for t in range(5):
+        z = embed(batch["codes"][t])
+        assert torch.equal(batch["memory"][t], state[1][0])
+        with torch.no_grad():
+            logits, values = policy(torch.cat([z, state[1][0]], 1))
+            state = dynamics(z, batch["actions"][t], state)[2]
+        assert torch.equal(values, batch["values"][t])
+        chosen = logits.log_softmax(1).gather(1, batch["actions"][t][:, None])[:, 0]
+        assert torch.equal(chosen, batch["log_probs"][t])
+    assert state[1][0].abs().max() > 0
+    seen = []
+    monkeypatch.setattr(train, "ppo_update", lambda *a, **k: seen.append(a) or {})
+    monkeypatch.setattr(train, "dream", lambda *a: seen.append(dream(*a)) or seen[-1])
+    models.policy_update(tiny_windows()[0][0])
+    expected = torch.cat([torch.stack([embed(z) for z in seen[0]["codes"]]), seen[0]["memory"]], 2)
+    assert torch.equal(seen[1][2], expected)
+
+    # In the game: three episodes side by side, the middle one ends first.
+    x = np.random.default_rng(0).integers(0, 256, (4, 3, 4, 96, 96), np.uint8)
+    torch.manual_seed(0)
+    state, own = None, [dynamics.initial_state(1) for _ in range(3)]
+    playing = [0, 1, 2]
+    for t in range(4):
+        actions, state = models.act(x[t, playing], 1.0, state)
+        for i, (episode, action) in enumerate(zip(playing, actions)):
+            with torch.no_grad():
+                z = embed(models.vqvae.encode(torch.from_numpy(x[t, episode:episode + 1])))
+                own[episode] = dynamics(z, torch.tensor([action]), own[episode])[2]
+            for cell in range(2):
+                for mine, theirs in zip(state[cell], own[episode][cell]):
+                    torch.testing.assert_close(mine[i], theirs[0])
+        if t == 1:
+            playing, state = [0, 2], train.still_playing(state, [False, True, False])
+    with torch.no_grad():                      # a policy that acts on nothing but its memory
+        policy.trunk[0].weight[:, :32] = 0
+        torch.nn.init.normal_(policy.actor.weight)
+        logits = [policy(torch.cat([z, h], 1))[0] for h in (torch.zeros(1, 8, 6, 6), own[0][1][0])]
+    assert not torch.allclose(*logits)
+
+
+def test_memory_lasts_as_long_as_an_episode(monkeypatch):
+    """The state that `act` returned comes back with the next observation of the same episode."""
+    class Env:
+        """Frames show the episode's seed and step; an episode lasts seed steps."""
+
+        action_meanings, num_actions = ["NOOP"], 1
+
+        def __init__(self, game, seed):
+            self.seed = seed
+
+        def reset(self, seed=None):
+            self.t = 0
+            return np.array([[self.seed, 0]], np.uint8)
+
+        def step(self, action):
+            self.t += 1
+            return np.array([[self.seed, self.t]], np.uint8), 1.0, self.t == self.seed, False
+
+    class Watcher:
+        def __init__(self):
+            self.steps = 0
+
+        def act(self, observations, temperature, state=None):
+            seeds, steps = torch.from_numpy(observations[:, -1, 0].astype(np.int64)).T
+            if state is None:
+                assert (steps == 0).all()
+            else:
+                for h, c in state:
+                    assert torch.equal(h, seeds) and torch.equal(c, steps)
+            self.steps += len(seeds)
+            return np.zeros(len(seeds), np.int64), [(seeds, steps + 1), (seeds, steps + 1)]
+
+    monkeypatch.setattr(train, "AtariEnv", Env)
+    monkeypatch.setattr(evaluate, "AtariEnv", Env)
+    watcher = Watcher()
+    assert train.play_episodes(watcher, "Any", [3, 1, 4, 2], 1.0) == [3, 1, 4, 2]
+    assert watcher.steps == 10
+    monkeypatch.setattr(evaluate, "ExperienceBuffer", lambda n: types.SimpleNamespace(
+        add=lambda frames, *_: steps.append(len(frames))))
+    steps = []
+    evaluate.record(Watcher(), "Any", [3, 1, 4, 2], 1.0, most=3)
+    assert steps == [3, 1, 3, 2]
+
+    # Collecting: one environment, episode after episode.
+    shards, config = [], train.Config(iterations=1, first_interactions=1, interactions=11)
+    run = types.SimpleNamespace(
+        config=config, iteration=1, buffer=ExperienceBuffer(11), env=Env("Any", 4), shards=shards,
+        models=Watcher(), label=str, stop_signal=None, rates={}, add_time=lambda begun: None,
+        numpy_rng=lambda: np.random.default_rng(0), finish_stage=lambda *_, **figures:
+        shards.append(figures))
+    run.buffer.frames = np.zeros((11, 1, 2), np.uint8)
+    monkeypatch.setattr(train, "work", lambda *_: {"collect": 11})
+    train.collect(run)
+    assert run.models.steps == 11 and shards[1]["collect_episodes"] == 2
+
+
+def test_predicted_ends_reach_everything(monkeypatch):
+    """--predict-ends: the head learns, PPO looks past the dream's last step, the metrics say how
+    reliable the ends are."""
+    torch.manual_seed(0)
+    models = tiny_models(predict_ends=True, reward_lr=0.01, dynamics_batch=1, window=6)
+    x, actions, rewards, ends = tiny_windows()
+    ends[1, 2] = True
+    head = models.dynamics.end_head.conv.weight
+    before = head.detach().clone()
+    models.world_model_update(x, actions, rewards, ends, 0.0, 4, terminated=ends)
+    moved = (head - before).abs().max().item()
+    assert moved == pytest.approx(0.01, rel=0.1)                     # Adam undoes the 1e-6
+    seen = []
+    monkeypatch.setattr(train, "ppo_update", lambda *a, **k: seen.append(a) or {})
+    monkeypatch.setattr(train, "dream", lambda *a: seen.append(dream(*a)) or seen[-1])
+    models.policy_update(x[0])
+    assert torch.equal(seen[1][4], seen[0]["last_value"]) and seen[0]["last_value"].any()
+
+    run = types.SimpleNamespace(sums={}, first_bad=torch.full((), -1))
+    counts = iter([(1, 2, 4), (0, 3, 0), (2, 3, 6)])     # right, predicted, true, of 10 each
+
+    def update(*arguments):
+        assert torch.equal(arguments[-1], terminated[:2 * 6].view(2, 6))
+        return {name: torch.tensor(n / 10) for name, n in zip(
+            ("end_right", "end_predicted", "end_true"), next(counts))}
+
+    buffer = ExperienceBuffer(12)
+    terminated = torch.arange(12) % 5 == 3
+    buffer.add(np.zeros((12, 96, 96), np.uint8), np.zeros(12), np.zeros(12), terminated.numpy(),
+               np.arange(12) == 11)
+    monkeypatch.setattr(models, "world_model_update", update)
+    monkeypatch.setattr(train, "world_model_picture", lambda run: 0.5)
+    monkeypatch.setattr(train, "epoch_of_windows", lambda *_: np.arange(12).reshape(1, 2, 6))
+    for name, value in dict(
+            config=models.config, models=models, buffer=buffer, iteration=0,
+            updates=lambda total: [0] * 3, numpy_rng=lambda *_: np.random.default_rng(0),
+            add=lambda *a: train.Run.add(run, *a),
+            finish_stage=lambda *_, **figures: seen.append(figures)).items():
+        setattr(run, name, value)
+    train.learn_world_model(run)
+    assert seen[-1]["end_precision"] == pytest.approx(3 / 8)
+    assert seen[-1]["end_recall"] == pytest.approx(3 / 10)
+    assert {"end_loss", "end_precision", "end_recall"} <= set(train.METRICS)
+
+
 def test_with_bfloat16_each_gradient_step_sees_the_one_before():
     """train.py, policy_update: autocast must not go on with copies of old weights."""
     torch.manual_seed(0)
@@ -1044,12 +1472,15 @@ def test_with_bfloat16_each_gradient_step_sees_the_one_before():
 def test_no_update_waits_for_the_device():
     """Ready for CUDA: all updates run on `meta`, where any look at a value is an error."""
     models, windows = tiny_models("meta"), tiny_windows("meta")
+    more = tiny_models("meta", policy_memory=True, predict_ends=True)
     x, rows = windows[0][0], torch.zeros(4, dtype=torch.int64, device="meta")
     run = types.SimpleNamespace(sums={}, first_bad=torch.full((), -1, device="meta"))
     for parts in (models.vqvae_update(x, 1e-3), models.vqvae_update(x, 1e-3, 40.0, True),
                   models.world_model_update(*windows, 1e-3, 4),
                   models.world_model_update(*windows, 1e-3, 4, rows),
-                  models.policy_update(x)):
+                  models.policy_update(x),
+                  more.world_model_update(*windows, 1e-3, 4, terminated=windows[3]),
+                  more.policy_update(x)):
         assert all(v.device.type == "meta" and v.shape == () for v in parts.values())
         train.Run.add(run, parts, 0)           # the averages of the stage
     with pytest.raises(RuntimeError):          # the check itself: a copy to the host is an error
@@ -1306,6 +1737,20 @@ def test_judge_pools_seeds_and_nothing_else(tmp_path, capsys):
     assert max(len(line) for line in text.splitlines() if " | " in line) < 180
 
 
+def test_runs_from_before_a_setting_existed(tmp_path, capsys):
+    """A setting younger than the run has its default; an unknown one is refused."""
+    folder = made_up_run(tmp_path, "Pong", 0, [9.0])
+    config = json.loads((folder / "config.json").read_text())
+    del config["temperature"], config["predict_ends"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert json.loads(judged(capsys, folder, "--plot", tmp_path / "a.png", "--json"))[0][
+        "changed"] == {}
+    loaded = train.config_from(config)
+    assert loaded.temperature == 1.0 and not loaded.predict_ends and loaded.preset == "small"
+    with pytest.raises(train.UserError, match="another version of train.py: colour, shape"):
+        train.config_from(config | {"shape": 1, "colour": 2})
+
+
 def test_aggregates_and_their_bootstrap_against_brute_force():
     """Agarwal et al. (2021): all 729 ways to redraw 3 runs in each of 2 games, by plain loops."""
     scores = [np.array([0.1, 0.5, 0.9]), np.array([0.2, 0.3, 1.6])]
@@ -1395,17 +1840,6 @@ def test_plot_draws_figure_4(tmp_path, capsys, monkeypatch):
     assert_main_refuses("there is no folder", evaluate.main, runs[0], "--plot", nowhere)
     new = made_up_run(tmp_path / "new", "Pong", 1, None, rows=0)
     assert_main_refuses("nothing to plot", evaluate.main, new, "--plot", picture)
-
-
-def certain_models():
-    """Untrained tiny models whose predictions are certain: sampling is taking the likeliest."""
-    torch.manual_seed(1)
-    models = tiny_models()
-    with torch.no_grad():
-        models.dynamics.code_head.weight *= 1e4
-        models.dynamics.reward_head.linear2.weight *= 1e5
-        models.dynamics.reward_head.linear2.bias.zero_()
-    return models
 
 
 def test_open_loop_dreams_each_stretch_as_if_it_were_alone():
@@ -1567,22 +2001,155 @@ def test_dream_and_video_pictures(tmp_path, monkeypatch, capsys):
         assert_main_refuses(saying, evaluate.main, "run", *arguments)
 
 
+def test_virtual_scores_against_plain_loops(monkeypatch, capsys):
+    """Ha & Schmidhuber, Table 2: what the policy is paid in the game and in dreams from there."""
+    rng, steps = np.random.default_rng(1), 20
+    models, buffer = tiny_models(), ExperienceBuffer(120)
+    ends = np.zeros(120, bool)
+    ends[[5, 40, 119]] = True                  # episodes of 6, 35 and 79 steps
+    buffer.add(rng.integers(0, 256, (120, 96, 96), np.uint8), rng.integers(M, size=120),
+               rng.choice([-3., 0, 1, 7], 120), ends, np.zeros(120, bool))
+    starts = [s for s in range(101) if not ends[s:s + steps - 1].any()]
+    assert len(starts) == 16 + 60
+
+    def made_up(dynamics, embed, policy, codes, length, temperature, memory):
+        assert torch.equal(codes, evaluate.encoded(models, buffer)[starts])
+        dones = torch.zeros(length, 76, dtype=torch.bool)
+        dones[[3, 7], 9] = True                # a predicted end: what comes then is another dream
+        return {"rewards": temperature * torch.arange(76.).expand(length, 76), "dones": dones}
+
+    monkeypatch.setattr(evaluate, "dream", made_up)
+    scores = evaluate.virtual_scores(models, buffer, steps)
+    assert scores["real"].tolist() == [np.clip(buffer.rewards[s:s + steps], -1, 1).sum()
+                                       for s in starts]
+    assert list(scores) == ["real", 0.1, 0.5, 1.0, 1.15, 1.3]
+    lasted = np.where(np.arange(76) == 9, 4, steps)
+    np.testing.assert_allclose(scores[0.5], 0.5 * lasted * np.arange(76), rtol=1e-6)
+    with pytest.raises(train.UserError, match="no episode lasted the 80 steps"):
+        evaluate.virtual_scores(models, buffer, 80)
+
+    models.config.dream_steps, models.config.temperature = steps, 1.5
+    monkeypatch.setattr(evaluate, "load_models", lambda *_: (models, models.config, 0))
+    monkeypatch.setattr(evaluate, "record", lambda *_, most: buffer)
+    row, = json.loads(judged(capsys, "run", "--sweep-temperature", "--json"))
+    returns = [buffer.rewards[a:b].sum() for a, b in ((0, 6), (6, 41), (41, 120))]
+    assert row["actual_score"] == pytest.approx(np.mean(returns))
+    assert row["actual_std"] == pytest.approx(np.std(returns))
+    assert row["actual_steps"] == pytest.approx(scores["real"].mean())
+    virtual = 1.15 * lasted * np.arange(76)
+    assert row["virtual_1.15"] == pytest.approx(virtual.mean())
+    assert row["virtual_1.15_std"] == pytest.approx(virtual.std())
+    assert (row["trained_at"], row["steps"], row["moments"]) == (1.5, steps, 76)
+    text = judged(capsys, "run", "--sweep-temperature")
+    assert "at 1.15" in text and f"{virtual.mean():.2f} (" in text
+    assert_main_refuses("neither --random", evaluate.main, "run", "--sweep-temperature", "--play")
+
+
+def test_keys_become_the_games_actions():
+    """--play: arrows and fire, whatever of them the game has."""
+    pong, freeway, all_ = "NOOP FIRE RIGHT LEFT RIGHTFIRE LEFTFIRE", "NOOP UP DOWN", (
+        "NOOP FIRE UP RIGHT LEFT DOWN UPRIGHT UPLEFT DOWNRIGHT DOWNLEFT UPFIRE RIGHTFIRE LEFTFIRE "
+        "DOWNFIRE UPRIGHTFIRE UPLEFTFIRE DOWNRIGHTFIRE DOWNLEFTFIRE")
+    for names, held, expected in (
+            (pong, "", "NOOP"), (pong, "x", "NOOP"), (pong, "right", "RIGHT"),
+            (pong, "up", "RIGHT"),
+            (pong, "down f", "LEFTFIRE"), (pong, "enter", "FIRE"),
+            (freeway, "up", "UP"), (freeway, "up f", "UP"), (freeway, "left", "NOOP"),
+            (freeway, "down right", "DOWN"),
+            (all_, "up right enter", "UPRIGHTFIRE"), (all_, "down left", "DOWNLEFT")):
+        names = names.split()
+        assert names[evaluate.action_of(set(held.split()), names)] == expected, held
+
+
+def test_a_person_plays_in_the_dream(monkeypatch, tmp_path):
+    """--play, by key events: steps under the keys held, restart, temperature, policy and back."""
+    from matplotlib.backend_bases import KeyEvent
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    models = certain_models()
+    names = ["NOOP", "FIRE", "UP"]
+    starts = torch.randint(128, (3, 6, 6))
+    figure = matplotlib.figure.Figure()
+    canvas = FigureCanvasAgg(figure)
+    player = evaluate.Player(models, starts, names, figure, seed=4)
+
+    def keys(kind, *pressed):
+        for name in pressed:
+            event = KeyEvent(f"key_{kind}_event", canvas, name)
+            canvas.callbacks.process(event.name, event)
+
+    def said():
+        return player.caption.get_text()
+
+    assert "score 0   step 0   NOOP" in said() and "you play" in said()
+    keys("press", "up")
+    z, state = player.env.codes, models.dynamics.initial_state(1)
+    assert any(torch.equal(z[0], start) for start in starts)
+    score = 0
+    for t, action in enumerate([2, 2, 0, 1]):
+        if t == 2:
+            keys("release", "up")
+        if t == 3:
+            keys("press", "F")                 # with caps lock
+        player.tick()
+        with torch.no_grad():
+            logits, rewards, state = models.dynamics(models.vqvae.embed(z), torch.tensor([action]),
+                                                     state)
+        z, score = logits.argmax(1), score + int(rewards.argmax()) - 1
+        assert torch.equal(player.env.codes, z)
+        assert said().startswith(f"score {score:g}   step {t + 1}   {names[action]} ")
+        shown = models.vqvae.decode(z)[0, -1].detach().numpy()
+        np.testing.assert_allclose(player.images[0].get_array(), shown, rtol=1e-5)
+        assert np.array_equal(player.images[1].get_array(), z[0].numpy())
+
+    keys("press", "t", "T")
+    assert player.env.temperature == pytest.approx(1.21) and "temperature 1.21" in said()
+    keys("press", "g", "G", "shift+g")
+    assert player.env.temperature == pytest.approx(1 / 1.1)
+    with torch.no_grad():
+        models.policy.actor.bias[2] = 1e6      # a policy that always goes up
+    keys("press", " ")
+    player.tick()
+    assert "the policy plays" in said() and "UP" in said()
+    keys("press", " ")
+    player.tick()
+    assert "you play" in said() and "FIRE" in said()       # the key is still held down
+    keys("press", "r")
+    assert said().startswith("score 0   step 0")
+    assert any(torch.equal(player.env.codes[0], start) for start in starts)
+    began = set()
+    for _ in range(20):
+        keys("press", "r")
+        began.add(tuple(player.env.codes.flatten().tolist()))
+    canvas.draw()
+    assert len(began) == 3                     # every real moment is a start
+
+    with monkeypatch.context() as patch:       # where there is no display
+        patch.setattr(evaluate, "load_models", lambda *_: pytest.fail("too early"))
+        assert_main_refuses("no display here", evaluate.main, tmp_path, "--play")
+
+
 class CountingWorld:
     """A dynamics made by hand. Codes 0..7 as one-hot vectors; every place moves on by the action,
-    in the n-th step of an episode by n more; action 2 pays 1, action 0 costs 1.
+    in the n-th step of an episode by n more; action 2 pays 1, action 0 costs 1 and, if predicted,
+    ends the episode.
     """
 
-    num_actions = 3
+    num_actions, end_head = 3, None
 
     def embed(self, codes):
         return F.one_hot(codes, 8).permute(0, 3, 1, 2).float()
 
     def initial_state(self, batch):
-        return torch.zeros(batch, dtype=torch.int64)
+        return [(torch.zeros(batch, 1, 6, 6),) * 2] * 2
 
     def __call__(self, z, action, state):
-        following = (z.argmax(1) + (action + state)[:, None, None]) % 8
-        return 1e6 * self.embed(following), 1e6 * F.one_hot(action, 3).float(), state + 1
+        count = state[1][0]                    # [B, 1, 6, 6]
+        following = (z.argmax(1) + action[:, None, None] + count.long()[:, 0]) % 8
+        return (1e6 * self.embed(following), 1e6 * F.one_hot(action, 3).float(),
+                [(count + 1, count + 1)] * 2)
+
+    def end_logits(self, action, state):
+        return torch.where(action == 0, 1e6, -1e6)
 
 
 def test_dream_env_is_a_gymnasium_vector_env():
@@ -1638,6 +2205,33 @@ def test_dream_env_is_a_gymnasium_vector_env():
         _, _, _, _, info = env.step(np.full(n, 2))
         if t % T == T - 1:
             assert info["episode"]["r"].tolist() == info["episode"]["l"].tolist() == [T] * n
+
+
+def test_dream_env_ends_where_the_model_says(monkeypatch):
+    """--predict-ends: an end is terminated, the last of `steps` truncated; each goes on alone."""
+    world, n, T, rng = CountingWorld(), 4, 5, np.random.default_rng(0)
+    monkeypatch.setattr(world, "end_head", True, raising=False)
+    starts = torch.randint(8, (20, 6, 6), generator=torch.Generator().manual_seed(0))
+    known = {tuple(s.flatten().tolist()) for s in starts}
+    env = DreamEnv(world, world, starts, n, steps=T)
+    codes, age, kinds = env.reset(seed=1)[0].argmax(1), np.zeros(n, int), set()
+    for _ in range(60):
+        actions = rng.integers(3, size=n)
+        observation, _, terminated, truncated, info = env.step(actions)
+        following, age = (codes + (actions + age)[:, None, None]) % 8, age + 1
+        assert terminated.tolist() == (actions == 0).tolist()
+        assert truncated.tolist() == ((age == T) & (actions != 0)).tolist()
+        codes = observation.argmax(1)
+        for i in range(n):
+            if terminated[i] or truncated[i]:
+                assert np.array_equal(info["final_obs"][i].argmax(0), following[i])
+                assert info["_final_obs"][i] and tuple(codes[i].flatten()) in known
+                age[i] = 0
+            else:
+                assert np.array_equal(codes[i], following[i])
+                assert not info or not info["_final_obs"][i]
+        kinds.add((bool(terminated.any()), bool(truncated.any())))
+    assert len(kinds) == 4
 
 
 @pytest.mark.filterwarnings("ignore:.*A Box observation space")        # codes have no bounds
@@ -1826,6 +2420,20 @@ def test_killed_at_any_moment_and_resumed_is_bit_for_bit_the_same(tmp_path, whol
         shutil.rmtree(out)
     assert {stage for _, stage, _ in places} >= {"collect", "warm_up", "world_model", "policy"}
     assert any(update > 0 for _, _, update in places)                # inside a stage too
+
+
+def test_killed_and_resumed_with_memory_and_predicted_ends(tmp_path):
+    """The same with --policy-memory, --predict-ends and a temperature."""
+    more = [*TINY, "--policy-memory", "--predict-ends", "--temperature", "1.2"]
+    status, events = in_child([*more, "--out", str(tmp_path / "whole")], log=tmp_path / "log")
+    assert status == 0, (tmp_path / "log").read_text()
+    expected = outcome(tmp_path / "whole" / RUN)
+    row = next(csv.DictReader(expected[1].splitlines()))
+    assert float(row["end_loss"]) > 0 and row["end_recall"] == ""    # no game ended
+    out = tmp_path / "killed"
+    assert in_child([*more, "--out", str(out)], die_at=2 * events // 3)[0] == -signal.SIGKILL
+    assert in_child(["--resume", str(out / RUN)])[0] == 0
+    assert_same_run(out / RUN, expected)
 
 
 def test_killed_again_and_again(tmp_path, whole):

@@ -101,6 +101,7 @@ class Config:
     dynamics_batch: int = setting(4, "windows per update (released)")
     window: int = setting(11, "observations per window: 10 predictions (released)")
     context: int = setting(4, "inputs that are true codes; then the model's samples (released)")
+    predict_ends: bool = setting(False, "a third head ends dreams (paper 5; Ha & Schmidhuber 4.1)")
     teacher: float = setting(0.0, "first share of a round's updates with all inputs true (ours)")
     reward_windows: float = setting(0.0, "share of each batch from windows with a reward (ours)")
     world_model_epochs: tuple = setting(
@@ -112,6 +113,8 @@ class Config:
     dream_steps: int = setting(50, "steps until every dream ends (paper 3.4)")
     bootstrap: bool = setting(False, "a dream's last step is not its end: add its value (ours)")
     reward_starts: float = setting(0.0, "share of dreams from shortly before a real reward (ours)")
+    temperature: float = setting(1.0, "of the codes in dreams (Ha & Schmidhuber, Table 2)")
+    policy_memory: bool = setting(False, "the policy also sees h of the second cell (paper, Eq. 5)")
     ppo_updates: tuple = setting(
         (1000,) * 7 + (2000,) + (1000,) * 3 + (2000,) + (1000,) * 2 + (3000,),
         "rollouts and PPO updates in each round (released)")
@@ -174,7 +177,7 @@ def check(config):
     for name in ("iterations", "interactions", "warmup_batch", "vqvae_every", "vqvae_batch",
                  "hidden", "dynamics_batch", "dreams", "dream_steps", "ppo_epochs",
                  "final_episodes", "vqvae_width", "policy_width", "collect_temperature",
-                 "eval_temperature", "scale", "checkpoint_minutes", "max_logit"):
+                 "eval_temperature", "temperature", "scale", "checkpoint_minutes", "max_logit"):
         if getattr(config, name) <= 0:
             raise UserError(f"--{name} must be more than 0")
     if config.window < 2 or config.context < 1 or config.minibatch < 2:
@@ -242,8 +245,10 @@ class Models:
         with self.device:
             self.vqvae = VQVAE(width=config.vqvae_width, commitment=config.commitment,
                                max_logit=config.max_logit)
-            self.dynamics = Dynamics(num_actions, hidden=config.hidden)
-            self.policy = ActorCritic(num_actions, width=config.policy_width)
+            self.dynamics = Dynamics(num_actions, hidden=config.hidden,
+                                     predict_ends=config.predict_ends)
+            self.policy = ActorCritic(num_actions, width=config.policy_width,
+                                      code_dim=32 + config.hidden * config.policy_memory)
         self.dynamics_loss, self.imagine = self.dynamics.loss, imagine
         if config.compile:
             self.dynamics_loss, self.imagine = one_graph(self.dynamics.loss), one_graph(imagine)
@@ -251,9 +256,9 @@ class Models:
         self.vqvae.eval()                       # train() only around its own updates: batch norms
         # The reward loss is scaled down by reward_weight for the trunk's sake. Adam divides the
         # scale out again for the head, whose eps must shrink with it.
-        head = list(self.dynamics.reward_head.parameters())
-        trunk = [p for name, p in self.dynamics.named_parameters()
-                 if not name.startswith("reward_head.")]
+        heads = ("reward_head.", "end_head.")
+        head, trunk = ([p for name, p in self.dynamics.named_parameters()
+                        if name.startswith(heads) == is_head] for is_head in (True, False))
         fused = self.device.type in ("cpu", "cuda")
         self.optimizers = {
             "vqvae": torch.optim.Adam(self.vqvae.parameters(), lr=config.vqvae_lr, fused=fused),
@@ -316,12 +321,14 @@ class Models:
         self.vqvae.eval()
         return parts
 
-    def world_model_update(self, x, actions, rewards, ends, lr, context, vqvae_rows=None):
+    def world_model_update(self, x, actions, rewards, ends, lr, context, vqvae_rows=None,
+                           terminated=None):
         """One gradient step of the dynamics on windows,
         and before it one of the VQ-VAE if vqvae_rows are given.
 
         x uint8 [B, L, 4, 96, 96], actions int64, rewards float, ends bool [B, L];
-        vqvae_rows int64 [n]: which of the B * L observations the VQ-VAE learns from.
+        vqvae_rows int64 [n]: which of the B * L observations the VQ-VAE learns from;
+        terminated bool [B, L]: ends of the game itself, for predict_ends (None: all ends).
         """
         B, L = x.shape[:2]
         flat = x.flatten(0, 1)
@@ -332,7 +339,8 @@ class Models:
         with self.autocast():
             codes = self.vqvae.encode(flat).view(B, L, 6, 6)    # targets move with the VQ-VAE (3.4)
             loss, dynamics_parts = self.dynamics_loss(
-                codes, actions, rewards, ends, self.vqvae.embed, context, self.config.reward_weight)
+                codes, actions, rewards, ends, self.vqvae.embed, context, self.config.reward_weight,
+                terminated)
         self.optimizers["dynamics"].param_groups[0]["lr"] = lr
         self.step("dynamics", loss)
         return parts | dynamics_parts
@@ -342,9 +350,12 @@ class Models:
         c = self.config
         with self.autocast():
             rollout = dream(self.dynamics, self.vqvae.embed, self.policy, self.vqvae.encode(x),
-                            c.dream_steps, bootstrap=c.bootstrap, step=self.imagine)
+                            c.dream_steps, c.temperature, c.bootstrap, c.policy_memory,
+                            self.imagine)
             T, B = rollout["actions"].shape
             observations = self.vqvae.embed(rollout["codes"].flatten(0, 1)).unflatten(0, (T, B))
+            if c.policy_memory:
+                observations = torch.cat([observations, rollout["memory"]], 2)
         with self.autocast(cache=False):
             parts = ppo_update(self.policy, self.optimizers["policy"], observations, rollout,
                                rollout["last_value"], c.gamma, c.lam, c.ppo_epochs,
@@ -353,15 +364,32 @@ class Models:
         return parts | {"dream_return": rollout["rewards"].sum(0).mean()}
 
     @torch.no_grad()
-    def act(self, observations, temperature):
-        """Observations uint8 numpy [B, 4, 96, 96] -> actions numpy int64 [B],
-        sampled (Eq. 2: z, then a). Whoever acts often does so inside one `autocast()`: it casts
-        the weights once for all, which else costs a single observation as much as its arithmetic.
+    def act(self, observations, temperature, state=None):
+        """Observations uint8 numpy [B, 4, 96, 96] -> (actions numpy int64 [B], state),
+        sampled (Eq. 2: z, then a; with policy_memory Eq. 5). Whoever acts often does so inside one
+        `autocast()`: it casts the weights once for all, which else costs a single observation as
+        much as its arithmetic.
+
+        state: of the dynamics after the step before, as it was returned; None at the first step of
+        an episode, and always without policy_memory.
         """
         with self.autocast():
-            logits, _ = self.policy(self.vqvae.embed(
-                self.vqvae.encode(self.to_device(observations))))
-        return sample(logits, temperature).cpu().numpy()
+            x = z = self.vqvae.embed(self.vqvae.encode(self.to_device(observations)))
+            if self.config.policy_memory:
+                state = self.dynamics.initial_state(len(z)) if state is None else state
+                x = torch.cat([z, state[1][0]], 1)
+            actions = sample(self.policy(x)[0], temperature)
+            if self.config.policy_memory:
+                state = self.dynamics(z, actions, state)[2]
+        return actions.cpu().numpy(), state
+
+
+def still_playing(state, over):
+    """The dynamics' state without the rows of finished episodes. over: list of bool."""
+    if state is None or not any(over):
+        return state
+    rows = [i for i, ended in enumerate(over) if not ended]
+    return [(h[rows], c[rows]) for h, c in state]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -455,11 +483,13 @@ def newest_checkpoint(folder):
 
 
 def config_from(state):
-    """The Config inside a checkpoint or a config.json."""
-    names = {f.name for f in dataclasses.fields(Config)}
-    if set(state) != names:
-        odd = ", ".join(sorted(set(state) ^ names))
-        raise UserError(f"these settings belong to another version of train.py: {odd}")
+    """The Config inside a checkpoint or a config.json. A setting that did not exist yet when it was
+    written gets its default, which is to do as before.
+    """
+    odd = set(state) - {f.name for f in dataclasses.fields(Config)}
+    if odd:
+        raise UserError("these settings belong to another version of train.py: "
+                        + ", ".join(sorted(odd)))
     return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in state.items()})
 
 
@@ -746,6 +776,9 @@ METRICS = {
     "reward_loss": "cross-entropy, nats per step",
     "reward_accuracy_minus": "share of -1 rewards predicted right",
     "reward_accuracy_zero": "the same for 0", "reward_accuracy_plus": "the same for +1",
+    "end_loss": "with --predict-ends: weighted cross-entropy, nats per step",
+    "end_precision": "share of predicted ends that were ends of a game",
+    "end_recall": "share of ends of a game that were predicted",
     "dream_return": "mean sum of rewards in a dream of 50 steps",
     "policy_loss": "PPO, clipped objective", "value_loss": "PPO, half squared error",
     "entropy": "of the policy in dreams, nats",
@@ -794,6 +827,7 @@ def collect(run):
     rng = run.numpy_rng()
     frame = run.env.reset(seed=int(rng.integers(2**31)))
     start, stack, score, returns = len(run.buffer), np.stack([frame] * 4), 0.0, []
+    state = None                                # what the policy remembers, with policy_memory
     steps, M = work(c, run.iteration)["collect"], run.env.num_actions
     for step in tqdm(range(steps), desc=run.label(), leave=False, unit=" steps",
                      disable=not sys.stderr.isatty(), dynamic_ncols=True):
@@ -804,13 +838,14 @@ def collect(run):
                 odds = rng.dirichlet(np.full(M, 0.3))
             action = int(rng.choice(M, p=odds) if c.random_segment else rng.integers(M))
         else:
-            action = int(run.models.act(stack[None], c.collect_temperature)[0])
+            actions, state = run.models.act(stack[None], c.collect_temperature, state)
+            action = int(actions[0])
         next_frame, reward, terminated, truncated = run.env.step(action)
         run.buffer.add(frame, action, reward, terminated, truncated or step == steps - 1)
         score += reward
         if terminated or truncated:
             returns.append(score)
-            next_frame, score = run.env.reset(), 0.0
+            next_frame, score, state = run.env.reset(), 0.0, None
             stack = np.stack([next_frame] * 4)
         else:
             stack = np.concatenate([stack[1:], next_frame[None]])
@@ -873,10 +908,14 @@ def learn_world_model(run):
         if update % c.vqvae_every == c.vqvae_every - 1:
             chosen = run.numpy_rng(epoch, batch).permutation(rows.size)[:c.vqvae_batch]
             vqvae_rows = run.models.to_device(chosen)
+        terminated = run.models.to_device(buffer.terminated[rows]) if c.predict_ends else None
         run.add(run.models.world_model_update(*run.models.windows(buffer, rows), lr, context,
-                                              vqvae_rows), update)
-    foreground = world_model_picture(run)
-    run.finish_stage("policy", foreground_error=foreground)
+                                              vqvae_rows, terminated), update)
+    figures = {"foreground_error": world_model_picture(run)}
+    for name, of in (("end_precision", "end_predicted"), ("end_recall", "end_true")):
+        if of in run.sums and run.sums[of][0] > 0:
+            figures[name] = run.sums["end_right"][0] / run.sums[of][0]
+    run.finish_stage("policy", **figures)
 
 
 def epoch_of_windows(buffer, config, batches, rng):
@@ -927,20 +966,20 @@ def play_episodes(models, game, seeds, temperature, stopped=lambda: False, label
     """
     envs = [AtariEnv(game, seed=seed) for seed in seeds]
     stacks = np.stack([[env.reset()] * 4 for env in envs])                       # [B, 4, 96, 96]
-    scores, playing = np.zeros(len(envs)), np.arange(len(envs))
+    scores, playing, state = np.zeros(len(envs)), np.arange(len(envs)), None
     with models.autocast(), tqdm(desc=label, unit=" steps", disable=not sys.stderr.isatty(),
                                  leave=False) as bar:
         while len(playing):
             if stopped():
                 return None
-            actions, over = models.act(stacks[playing], temperature), []
+            (actions, state), over = models.act(stacks[playing], temperature, state), []
             for i, action in zip(playing, actions):
                 frame, reward, terminated, truncated = envs[i].step(action)
                 scores[i] += reward
                 stacks[i] = np.concatenate([stacks[i, 1:], frame[None]])
                 over.append(terminated or truncated)
             bar.update(len(playing))
-            playing = playing[~np.array(over)]
+            playing, state = playing[~np.array(over)], still_playing(state, over)
     return scores.tolist()
 
 
@@ -1059,7 +1098,7 @@ def open_loop(models, codes, actions, context=4, temperature=1.0):
     with models.autocast():
         for t in range(codes.shape[1] - 1):
             z = models.vqvae.embed(dreamed[t])
-            following, reward, state = dream_step(models.dynamics, z, actions[:, t], state,
+            following, reward, _, state = dream_step(models.dynamics, z, actions[:, t], state,
                                                   temperature)
             dreamed.append(codes[:, t + 1] if t + 1 < context else following)
             rewards.append(reward)
@@ -1306,7 +1345,8 @@ def parse(arguments):
         kind, shown = f.type, f.default
         if kind is bool:
             parser.add_argument(f"--{f.name}", metavar="true|false", default=argparse.SUPPRESS,
-                                type=boolean, help=f"{f.metadata['help']} [{str(shown).lower()}]")
+                                nargs="?", const=True, type=boolean,
+                                help=f"{f.metadata['help']} [{str(shown).lower()}]")
         elif kind is tuple:
             shown = ",".join(str(v) for v in shown)
             parser.add_argument(f"--{f.name}", metavar="N,N,..", default=argparse.SUPPRESS,
@@ -1316,7 +1356,16 @@ def parse(arguments):
             parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, type=kind,
                                 choices=choices, metavar=None if choices else kind.__name__,
                                 help=f"{f.metadata['help']} [{shown}]".replace("%", "%%"))
-    return parser.parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    return parser.parse_args([underscores(argument) for argument in arguments])
+
+
+def underscores(argument):
+    """"--policy-memory=true" -> "--policy_memory=true": flags may be written either way."""
+    flag, equals, value = argument.partition("=")
+    if not flag.startswith("--"):
+        return argument
+    return "--" + flag[2:].replace("-", "_") + equals + value
 
 
 def boolean(text):
