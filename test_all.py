@@ -2782,7 +2782,8 @@ def assert_same_step(ours, reference, rtol=1e-3):
 
 def test_vqvae_update_is_the_straightforward_one(monkeypatch):
     """Section 3.3: same loss, gradients, codebook and batch norms in the warm-up's update."""
-    models, straight, buffer = both_ways(monkeypatch)
+    # So that the commitment's share of the gradients is as large as the likelihood's.
+    models, straight, buffer = both_ways(monkeypatch, commitment=1000.0)
     parts = models.vqvae_update(models.observations(buffer, np.arange(5, 17)), 1e-3)
     loss = straight.vqvae_update(straight.observations(buffer, range(5, 17)), 1e-3)
     ours = models.config.commitment * parts["commitment"] - parts["elbo"]
