@@ -1087,6 +1087,7 @@ def test_the_baseline_leaves_a_run_that_evaluate_reads(tmp_path, capsys, monkeyp
     text = judged(capsys, folder)              # one run of ppo.py: nothing to play with, so a table
     assert "2.5" in text and "5.9 (3.3)" in text and "ppo with interactions=2048" in text
     assert_main_refuses("keeps no weights", evaluate.main, folder, "--fidelity")
+    assert_main_refuses("none of these runs has", evaluate.main, folder, "--sweep-temperature")
 
     ours = made_up_run(tmp_path, "Breakout", 0, [9.0])
     whole = [json.loads((folder / "config.json").read_text()) | {"interactions": 102_400,
