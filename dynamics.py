@@ -271,7 +271,8 @@ def dream(dynamics, embed, policy, start_codes, steps=50, temperature=1.0, memor
         action = sample(action_logits)                                           # Eq. 8
         log_prob = action_logits.log_softmax(1).gather(1, action[:, None])[:, 0]
         next_codes, reward, end, state = dream_step(dynamics, z, action, state, temperature)
-        rows.append((codes, action, log_prob, value.float(), reward, end, h)[:7 if memory else 6])
+        row = (codes, action, log_prob, value.float(), reward, end)
+        rows.append((*row, h) if memory else row)
         codes = next_codes
         if dynamics.end_head is not None:
             another = start_codes[torch.randint(B, (B,), device=device)]
