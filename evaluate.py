@@ -624,9 +624,13 @@ def virtual_scores(models, buffer, steps, most=256):
 
 
 def show_sweep(args):
-    """--sweep-temperature: virtual against actual score of each run's policy, in one table."""
-    result = []
-    for folder in args.runs:
+    """--sweep-temperature: virtual against actual score of each run's policy, in one table.
+    Runs of ppo.py have no dreams: they are left out.
+    """
+    folders, result = [folder for folder in args.runs if not is_ppo(folder)], []
+    if not folders:
+        raise UserError("none of these runs has a world model to dream in")
+    for folder in folders:
         models, config, interactions = load_models(folder, args.device)
         torch.manual_seed(args.seed)
         episodes = args.episodes or 8
@@ -822,7 +826,8 @@ class Player:
         self.env = DreamEnv(models.dynamics, models.vqvae, starts, 1, steps=10**9,
                             temperature=temperature)
         self.held, self.by_policy, self.last = set(), False, ""
-        axes = figure.subplots(1, 2)
+        axes = figure.subplots(1, 2, gridspec_kw=dict(
+            left=0.02, right=0.98, bottom=0.08, top=0.87, wspace=0.05))
         self.images = [axes[0].imshow(np.zeros((96, 96)), cmap="gray", vmin=0, vmax=1),
                        axes[1].imshow(np.zeros((6, 6)), cmap="nipy_spectral", vmin=0, vmax=127)]
         for ax, title in zip(axes, ("the dream", "its codes")):

@@ -807,11 +807,11 @@ def test_an_end_is_learned():
     """--predict-ends: one step in twenty ends the game; the head finds out by what."""
     dynamics, embed, _ = small_world(predict_ends=True)
     optimizer = torch.optim.Adam(dynamics.parameters(), lr=1e-2)
-    for _ in range(40):
-        codes, actions = torch.randint(1, K, (100, 2, 6, 6)), torch.randint(M, (100, 2))
-        ends = torch.rand(100, 2) < 0.05
+    for _ in range(25):
+        codes, actions = torch.randint(1, K, (60, 2, 6, 6)), torch.randint(M, (60, 2))
+        ends = torch.rand(60, 2) < 0.05
         codes[ends] = 0                        # the screen goes blank
-        loss, parts = dynamics.loss(codes, actions, torch.zeros(100, 2), ends, embed,
+        loss, parts = dynamics.loss(codes, actions, torch.zeros(60, 2), ends, embed,
                                     reward_weight=1.0)
         optimizer.zero_grad()
         loss.backward()
@@ -1101,6 +1101,7 @@ def test_the_baseline_leaves_a_run_that_evaluate_reads(tmp_path, capsys, monkeyp
     text = judged(capsys, folder)              # one run of ppo.py: nothing to play with, so a table
     assert "2.5" in text and "5.9 (3.3)" in text and "ppo with interactions=2048" in text
     assert_main_refuses("keeps no weights", evaluate.main, folder, "--fidelity")
+    assert_main_refuses("none of these runs has", evaluate.main, folder, "--sweep-temperature")
 
     ours = made_up_run(tmp_path, "Breakout", 0, [9.0])
     whole = [json.loads((folder / "config.json").read_text()) | {"interactions": 102_400,
@@ -2207,6 +2208,27 @@ def test_dream_env_is_a_gymnasium_vector_env():
         _, _, _, _, info = env.step(np.full(n, 2))
         if t % T == T - 1:
             assert info["episode"]["r"].tolist() == info["episode"]["l"].tolist() == [T] * n
+
+
+def test_a_strangers_agent_learns_in_the_dream():
+    """The README's agent, one linear layer and REINFORCE, in a world where action 2 pays."""
+    torch.manual_seed(0)
+    world, starts = CountingWorld(), torch.randint(8, (20, 6, 6))
+    env = DreamEnv(world, world, starts, num_envs=32, steps=10)
+    agent = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(8 * 36, 3))
+    optimizer, scores = torch.optim.Adam(agent.parameters(), lr=0.01), []
+    for update in range(25):
+        (observation, _), over, log_p, rewards = env.reset(seed=update), False, [], []
+        while not over:
+            policy = torch.distributions.Categorical(logits=agent(torch.from_numpy(observation)))
+            action = policy.sample()
+            observation, reward, terminated, truncated, info = env.step(action.numpy())
+            log_p.append(policy.log_prob(action)), rewards.append(torch.from_numpy(reward))
+            over = (terminated | truncated).all()
+        loss = -(torch.stack(log_p).sum(0) * (sum(rewards) - sum(rewards).mean())).mean()
+        optimizer.zero_grad(), loss.backward(), optimizer.step()
+        scores.append(sum(rewards).mean().item())
+    assert abs(scores[0]) < 2 and scores[-1] > 8                     # 10 would be perfect
 
 
 def test_dream_env_ends_where_the_model_says(monkeypatch):
