@@ -75,7 +75,7 @@ class Config:
     iterations: int = setting(15, "rounds of collect, world model, policy (paper 3.4)")
     first_interactions: int = setting(12_800, "4-frame steps in round 1, random policy (paper 3.4)")
     interactions: int = setting(6_400, "steps in every later round (paper 3.4)")
-    random_segment: int = setting(0, "round 1: other odds of the actions every n steps, if n (ours)")
+    random_segment: int = setting(0, "round 1: new odds of actions every n steps, if n (ours)")
     collect_temperature: float = setting(1.5, "softmax temperature when collecting (released)")
 
     # Observation model (Section 3.3, "Latent Representations")
