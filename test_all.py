@@ -50,7 +50,7 @@ from convlstm import ConvLSTMCell
 from dynamics import Dynamics, DreamEnv, dream, reward_class, sample
 from ppo import ActorCritic, gae, ppo_loss, ppo_update
 from vqvae import (VQVAE, Codebook, continuous_bernoulli_mean, continuous_bernoulli_nll,
-                   foreground_error)
+                   foreground_error, foreground_weight)
 
 HERE = pathlib.Path(__file__).resolve().parent
 torch.set_num_threads(1)                       # for networks this small, threads only wait
@@ -465,6 +465,17 @@ def test_revive_puts_unused_codes_on_encoder_outputs():
     revived = book.codes.clone()
     book.update(z, F.one_hot(torch.arange(40) % 5, 8).float())
     torch.testing.assert_close(book.codes[5:], revived[5:], rtol=1e-2, atol=1e-2)
+
+
+def test_foreground_and_newest_frame_weigh_more_at_the_same_mean():
+    """vqvae.py, foreground_weight, pixel by pixel."""
+    x = torch.full((2, 4, 3, 3), 100, dtype=torch.uint8)
+    x[0, 2, 1, 1], x[1, 3, 0, 2], x[1, 0, 2, 2] = 111, 89, 110      # the last is too close to 100
+    weight = foreground_weight(x, torch.full((3, 3), 100, dtype=torch.uint8), 5.0, newest=3.0)
+    for b, c, i, j in np.ndindex(2, 4, 3, 3):
+        moves = (b, c, i, j) in ((0, 2, 1, 1), (1, 3, 0, 2))
+        expected = (3.0 if c == 3 else 1.0) / 1.5 * (6.0 if moves else 1.0)
+        assert math.isclose(weight[b, c, i, j], expected, rel_tol=1e-6)
 
 
 def test_foreground_error_is_one_for_the_background_and_zero_for_perfect():
@@ -1272,6 +1283,22 @@ def test_the_vqvae_learns_only_in_its_own_updates():
     assert moved(lambda: models.world_model_update(*windows, 1e-3, 4, rows)) == {
         "vqvae", "dynamics"}
     assert moved(lambda: models.policy_update(windows[0][0])) == {"policy"}
+
+
+def test_codes_computed_once_are_those_of_each_update():
+    """train.py, vqvae_share: where the VQ-VAE stands still, nothing but the work changes."""
+    models, buffer = tiny_models(bf16=False), noise(300)
+    rows = np.arange(12).reshape(2, 6) + 100
+    codes = models.encode_all(buffer)
+    assert codes.shape == (300, 6, 6) and codes.dtype == torch.uint8
+    start, parts = copy.deepcopy(models.dynamics.state_dict()), []
+    for given in (None, codes):
+        models.dynamics.load_state_dict(start)
+        torch.manual_seed(0)
+        parts.append(models.world_model_update(*models.windows(buffer, rows, given), 1e-3, 2))
+    assert set(parts[0]) == set(parts[1]) and len(parts[0]) > 4
+    for name in ("code_loss", "reward_loss", "code_accuracy"):
+        torch.testing.assert_close(parts[0][name], parts[1][name])
 
 
 def test_the_scaled_reward_loss_still_trains_its_head():
@@ -2333,6 +2360,7 @@ TINY = ("--game Breakout --preset smoke --iterations 2 --first_interactions 120 
         "--warmup_epochs 0.5 --warmup_batch 8 --dynamics_batch 2 --dreams 2 --dream_steps 6 "
         "--hidden 4 --vqvae_width 0.125 --policy_width 0.125 --world_model_epochs 1 "
         "--ppo_updates 2 --eval_episodes 0 --final_episodes 1 --checkpoint_minutes 0.00001 "
+        "--random_segment 16 --vqvae_share 0.7 --bootstrap --reward_starts 0.5 "
         "--device cpu").split()
 
 
@@ -2636,7 +2664,10 @@ class Straightforward:
             batch.append(torch.tensor(np.stack(frames), dtype=torch.float32) / 255)
         return torch.stack(batch).to(self.device)                        # [B, 4, 96, 96]
 
-    def windows(self, buffer, rows):
+    def encode_all(self, buffer):
+        """Nothing is kept: every window is encoded again."""
+
+    def windows(self, buffer, rows, codes=None):
         x = torch.stack([self.observations(buffer, window) for window in rows])
         actions, rewards, ends = (torch.tensor([[column[row] for row in window] for window in rows])
                                   for column in (buffer.actions, buffer.rewards, buffer.ends))

@@ -87,9 +87,11 @@ class Config:
     warmup_epochs: float = setting(50, "passes over round 1's data, VQ-VAE alone (paper 3.4)")
     warmup_batch: int = setting(40, "observations per warm-up update (released)")
     foreground: float = setting(0.0, "extra weight of foreground pixels, a tenth at the end (ours)")
+    newest: float = setting(1.0, "weight of the newest of the four frames; the others' is 1 (ours)")
     commitment: float = setting(0.25, "weight of commitment loss, a mean over elements (released)")
     revive_codes: bool = setting(False, "warm-up moves unused codes to encoder outputs (ours)")
     vqvae_every: int = setting(3, "after the warm-up, VQ-VAE update in every n-th step (paper 3.4)")
+    vqvae_share: float = setting(1.0, "first share of a round in which the VQ-VAE learns (ours)")
     vqvae_batch: int = setting(44, "observations per such update; 44: the whole batch (released)")
 
     # Dynamics (Section 3.2-3.3)
@@ -138,14 +140,14 @@ class Config:
 PRESETS = {
     "paper": {},
     "small": dict(
-        random_segment=128, vqvae_width=0.5, warmup_epochs=7, warmup_batch=12, warmup_lr_end=1e-4,
-        foreground=40, commitment=50, revive_codes=True, vqvae_batch=16,
-        hidden=32, dynamics_batch=8, dynamics_lr=3e-3, dynamics_lr_end=2e-4, teacher=0.7,
+        random_segment=128,
+        vqvae_width=0.5, warmup_epochs=7, warmup_batch=12, warmup_lr_end=1e-4, foreground=40,
+        newest=4, commitment=50, revive_codes=True, vqvae_every=1, vqvae_share=0.15, vqvae_batch=16,
+        hidden=32, dynamics_batch=16, dynamics_lr=3e-3, dynamics_lr_end=2e-4, teacher=0.5,
         reward_windows=0.25, world_model_epochs=(
-            12, 3.67, 2.75, 2.2, 1.83, 1.57, 1.38, 1.22, 1.1, 1, 0.92, 0.85, 0.79, 0.73, 0.69),
+            55, 8.3, 6.2, 5, 4.1, 3.5, 3.1, 2.75, 2.5, 2.25, 2.06, 1.9, 1.77, 1.65, 1.55),
         policy_width=0.25, dreams=200, dream_steps=16, bootstrap=True, reward_starts=0.25,
-        ppo_updates=(60,) * 15, policy_lr=5e-4, clip=0.2,
-        value_clip=1e9, eval_episodes=4),
+        ppo_updates=(60,) * 15, policy_lr=5e-4, clip=0.2, value_clip=1e9, eval_episodes=4),
     "smoke": dict(
         iterations=2, first_interactions=400, interactions=200,
         vqvae_width=0.25, warmup_epochs=6, warmup_batch=12, warmup_lr_end=1e-4, foreground=40,
@@ -296,12 +298,22 @@ class Models:
         """Rows of the buffer, int of any shape [..] -> observations uint8 [.., 4, 96, 96]."""
         return self.to_device(buffer.stacked(rows))
 
-    def windows(self, buffer, rows):
-        """Rows int [B, L] -> what world_model_update wants: x, actions, rewards, ends."""
+    def windows(self, buffer, rows, codes=None):
+        """Rows int [B, L] -> what world_model_update wants: x, actions, rewards, ends;
+        x are codes instead of observations if those of the whole buffer are given.
+        """
         ends = buffer.terminated[rows] | buffer.truncated[rows]
-        return (self.observations(buffer, rows),
+        return (self.observations(buffer, rows) if codes is None
+                else codes[self.to_device(rows)].long(),
                 self.to_device(buffer.actions[rows].astype(np.int64)),
                 self.to_device(buffer.rewards[rows]), self.to_device(ends))
+
+    def encode_all(self, buffer):
+        """Codes of all that was collected, uint8 [N, 6, 6]: 3.7 MB where the frames are 944."""
+        with self.autocast():
+            return torch.cat([self.vqvae.encode(self.observations(buffer, rows)).to(torch.uint8)
+                              for rows in np.array_split(np.arange(len(buffer)),
+                                                         -(-len(buffer) // 256))])
 
     def step(self, name, loss):
         self.optimizers[name].zero_grad()
@@ -313,7 +325,9 @@ class Models:
         -> parts of its loss.
         """
         self.optimizers["vqvae"].param_groups[0]["lr"] = lr
-        weight = foreground_weight(x, self.background, foreground) if foreground else None
+        weight = None
+        if foreground or self.config.newest != 1:
+            weight = foreground_weight(x, self.background, foreground, self.config.newest)
         self.vqvae.train()
         with self.autocast():
             loss, parts = self.vqvae.loss(x, revive, weight)
@@ -326,7 +340,8 @@ class Models:
         """One gradient step of the dynamics on windows,
         and before it one of the VQ-VAE if vqvae_rows are given.
 
-        x uint8 [B, L, 4, 96, 96], actions int64, rewards float, ends bool [B, L];
+        x uint8 [B, L, 4, 96, 96] or, where the VQ-VAE stands still, its codes int64 [B, L, 6, 6];
+        actions int64, rewards float, ends bool [B, L];
         vqvae_rows int64 [n]: which of the B * L observations the VQ-VAE learns from;
         terminated bool [B, L]: ends of the game itself, for predict_ends (None: all ends).
         """
@@ -337,7 +352,8 @@ class Models:
             parts = self.vqvae_update(flat[vqvae_rows], self.config.vqvae_lr,
                                       0.1 * self.config.foreground)
         with self.autocast():
-            codes = self.vqvae.encode(flat).view(B, L, 6, 6)    # targets move with the VQ-VAE (3.4)
+            # Targets move with the VQ-VAE (3.4).
+            codes = x if x.ndim == 4 else self.vqvae.encode(flat).view(B, L, 6, 6)
             loss, dynamics_parts = self.dynamics_loss(
                 codes, actions, rewards, ends, self.vqvae.embed, context, self.config.reward_weight,
                 terminated)
@@ -891,25 +907,33 @@ def background(run):
 
 
 def learn_world_model(run):
-    """Dynamics on windows of real experience; the VQ-VAE, slowed down, in every third step."""
-    c, buffer, order = run.config, run.buffer, None
+    """Dynamics on windows of real experience; the VQ-VAE, slowed down, in every third step.
+
+    With vqvae_share < 1 the VQ-VAE stands still in the rest of the round, and all codes are
+    computed once.
+    """
+    c, buffer, order, codes = run.config, run.buffer, None, None
     run.models.background = background(run)
     per_epoch = batches_per_epoch(c, len(buffer))
     total = work(c, run.iteration)["world_model"]
+    # The learning rate falls within each round, and starts lower from round to round.
+    first_lr = c.dynamics_lr_end + (c.dynamics_lr - c.dynamics_lr_end) / (run.iteration + 1)**0.5
     for update in run.updates(total):
         epoch, batch = divmod(update, per_epoch)
         if batch == 0 or order is None:
             order = epoch_of_windows(buffer, c, per_epoch, run.numpy_rng(epoch))
         rows = order[batch]                                              # [B, L]
         done = update / total
-        lr = c.dynamics_lr + (c.dynamics_lr_end - c.dynamics_lr) * done
+        lr = first_lr + (c.dynamics_lr_end - first_lr) * done
         context = c.window if done < c.teacher else c.context
+        if codes is None and done >= c.vqvae_share:
+            codes = run.models.encode_all(buffer)
         vqvae_rows = None
-        if update % c.vqvae_every == c.vqvae_every - 1:
+        if codes is None and update % c.vqvae_every == c.vqvae_every - 1:
             chosen = run.numpy_rng(epoch, batch).permutation(rows.size)[:c.vqvae_batch]
             vqvae_rows = run.models.to_device(chosen)
         terminated = run.models.to_device(buffer.terminated[rows]) if c.predict_ends else None
-        run.add(run.models.world_model_update(*run.models.windows(buffer, rows), lr, context,
+        run.add(run.models.world_model_update(*run.models.windows(buffer, rows, codes), lr, context,
                                               vqvae_rows, terminated), update)
     figures = {"foreground_error": world_model_picture(run)}
     for name, of in (("end_precision", "end_predicted"), ("end_recall", "end_true")):
@@ -1173,16 +1197,17 @@ def stage_jobs(config, models, buffer):
     """Work of each stage on random rows: {name: (units, function that does so many at once)}.
 
     A unit of collect is one step of one environment, of evaluate one step of eight, else an update;
-    world_model leaves the VQ-VAE alone, world_model+vqvae updates it too, as every third one does.
+    world_model leaves the VQ-VAE alone, world_model+vqvae updates it too, as every third one does;
+    with vqvae_share < 1 there are also updates on codes computed once, and a frame's share of that.
     """
     c, rng = config, np.random.default_rng(0)
 
     def observations(*shape):
         return models.observations(buffer, rng.integers(len(buffer), size=shape))
 
-    def world_model(vqvae_rows=None):
+    def world_model(vqvae_rows=None, codes=None):
         starts = rng.integers(len(buffer) - c.window, size=(c.dynamics_batch, 1))
-        windows = models.windows(buffer, starts + np.arange(c.window))
+        windows = models.windows(buffer, starts + np.arange(c.window), codes)
         models.world_model_update(*windows, c.dynamics_lr, c.context, vqvae_rows)
 
     def act(environments, steps):
@@ -1192,7 +1217,12 @@ def stage_jobs(config, models, buffer):
 
     size = c.dynamics_batch * c.window
     chosen = models.to_device(rng.permutation(size)[:c.vqvae_batch])
-    return {
+    on_codes = {}
+    if c.vqvae_share < 1:
+        codes = models.encode_all(buffer)
+        on_codes = {"dynamics": (1, lambda: world_model(codes=codes)),
+                    "encode": (len(buffer), lambda: models.encode_all(buffer))}
+    return on_codes | {
         "collect": (20, lambda: act(1, 20)),
         "warm_up": (1, lambda: models.vqvae_update(observations(c.warmup_batch), c.warmup_lr,
                                                    c.foreground, c.revive_codes)),
@@ -1228,10 +1258,16 @@ def rates_from(seconds, config, emulator, episode=1500):
     """Seconds per unit of stage_jobs and per step of the emulator, steps of an episode
     -> seconds per unit of `work` of each stage.
     """
-    share = 1 / config.vqvae_every
+    every, share = 1 / config.vqvae_every, config.vqvae_share
+    world_model = (1 - every) * seconds["world_model"] + every * seconds["world_model+vqvae"]
+    if share < 1:
+        rounds = range(config.iterations)
+        frames = sum(config.first_interactions + i * config.interactions for i in rounds)
+        updates = sum(work(config, i)["world_model"] for i in rounds)
+        world_model = (share * world_model + (1 - share) * seconds["dynamics"]
+                       + seconds["encode"] * frames / max(updates, 1))
     return {"collect": seconds["collect"] + emulator, "warm_up": seconds["warm_up"],
-            "world_model": ((1 - share) * seconds["world_model"]
-                            + share * seconds["world_model+vqvae"]),
+            "world_model": world_model,
             "policy": seconds["policy"],
             # Eight episodes are played side by side.
             "evaluate": (seconds["evaluate"] / 8 + emulator) * episode}

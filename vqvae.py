@@ -375,14 +375,18 @@ def to_unit(x):
     return x.float() / 255 if x.dtype == torch.uint8 else x
 
 
-def foreground_weight(x, background, weight):
+def foreground_weight(x, background, weight, newest=1.0):
     """1 + weight where a pixel differs from the background, 1 elsewhere: [B,C,H,W] for `loss`.
+    Pixels of the newest frame, the last of C, weigh `newest` times as much as those of the others,
+    at the same mean.
 
     x uint8 [B,C,H,W], background uint8 [H,W], e.g. the median of many frames. A ball of 3 pixels is
     worth 13 nats of 11,000, but only once it is drawn in the right place: knowing just its cell of
     16x16 pixels gains next to nothing, so plain likelihood hardly ever starts to learn it.
     """
-    return 1 + weight * ((x.float() - background.float()).abs() > 10)
+    frames = torch.ones(x.shape[1], 1, 1, device=x.device)
+    frames[-1] = newest
+    return frames / frames.mean() * (1 + weight * ((x.float() - background.float()).abs() > 10))
 
 
 def foreground_error(images, reconstructions, threshold=0.04):
