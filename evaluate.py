@@ -17,6 +17,7 @@ actions, the end of a life does not end an episode, the score is the game's own,
 over its runs, one for each seed.
 """
 import argparse
+import contextlib
 import csv
 import dataclasses
 import io
@@ -68,6 +69,8 @@ def human_normalised(game, score):
 
 class RandomPolicy:
     """Plays uniformly at random through the same function as a trained policy."""
+
+    autocast = contextlib.nullcontext           # there is nothing to cast
 
     def __init__(self, num_actions, seed):
         self.num_actions, self.rng = num_actions, np.random.default_rng(seed)

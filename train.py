@@ -795,7 +795,7 @@ METRICS = {
     "end_loss": "with --predict-ends: weighted cross-entropy, nats per step",
     "end_precision": "share of predicted ends that were ends of a game",
     "end_recall": "share of ends of a game that were predicted",
-    "dream_return": "mean sum of rewards in a dream of 50 steps",
+    "dream_return": "mean sum of rewards in a dream of `dream_steps` steps",
     "policy_loss": "PPO, clipped objective", "value_loss": "PPO, half squared error",
     "entropy": "of the policy in dreams, nats",
     "approx_kl": "KL(old, new policy) per update, nats", "clip_fraction": "share of clipped ratios",
@@ -1086,7 +1086,7 @@ def progress_picture(run):
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(2, 3, figsize=(13, 6.5))
     panels = (("score in the real game", ("real_return", "collect_return")),
-              ("return of a dream (50 steps)", ("dream_return",)),
+              ("return of a dream", ("dream_return",)),
               ("policy entropy (nats)", ("entropy",)), ("foreground error", ("foreground_error",)),
               ("code accuracy", ("code_accuracy",)), ("reward accuracy", (
                   "reward_accuracy_minus", "reward_accuracy_zero", "reward_accuracy_plus")))
