@@ -512,6 +512,17 @@ def decoded(models, codes, batch=64):
         return torch.cat([models.vqvae.decode(z)[:, -1].float().cpu() for z in codes.split(batch)])
 
 
+def stretches(buffer, length, most, purpose):
+    """Rows of up to `most` stretches of so many steps, evenly spread, each inside one episode:
+    int64 [n, length]. UserError, ending in `purpose`, if no episode is long enough.
+    """
+    starts = np.flatnonzero(buffer.start[:max(0, len(buffer) - length + 1)]
+                            == buffer.start[length - 1:len(buffer)])
+    if not len(starts):
+        raise UserError(f"no episode lasted the {length} steps {purpose}")
+    return starts[::-(-len(starts) // most), None] + np.arange(length)
+
+
 def fidelity(models, buffer, temperature=1.0, most=256):
     """Open loop from up to `most` moments of real episodes -> (number of them, list of dicts,
     one for each of HORIZONS):
@@ -531,11 +542,7 @@ def fidelity(models, buffer, temperature=1.0, most=256):
     Raises UserError if no episode is long enough.
     """
     length, frames = CONTEXT + HORIZONS[-1], torch.from_numpy(buffer.frames[:len(buffer)])
-    starts = np.flatnonzero(buffer.start[:max(0, len(buffer) - length + 1)]
-                            == buffer.start[length - 1:len(buffer)])
-    if not len(starts):
-        raise UserError(f"no episode lasted the {length} steps that --fidelity needs")
-    rows = starts[::-(-len(starts) // most), None] + np.arange(length)               # [n, L]
+    rows = stretches(buffer, length, most, "that --fidelity needs")                  # [n, L]
     real = encoded(models, buffer)[models.to_device(rows)]                           # [n, L, 6, 6]
     actions = models.to_device(buffer.actions[rows].astype(np.int64))
     parts = [open_loop(models, z, a, CONTEXT, temperature)
@@ -609,11 +616,7 @@ def virtual_scores(models, buffer, steps, most=256):
     "real"       in the game, in just these episodes
     temperature  in a dream from there, codes drawn at that temperature, one of TEMPERATURES
     """
-    starts = np.flatnonzero(buffer.start[:max(0, len(buffer) - steps + 1)]
-                            == buffer.start[steps - 1:len(buffer)])
-    if not len(starts):
-        raise UserError(f"no episode lasted the {steps} steps of a dream")
-    rows = starts[::-(-len(starts) // most), None] + np.arange(steps)                # [n, steps]
+    rows = stretches(buffer, steps, most, "of a dream")                              # [n, steps]
     paid = reward_class(torch.from_numpy(buffer.rewards[rows])) - 1
     codes, scores = encoded(models, buffer, rows[:, 0]), {"real": paid.sum(1)}
     for temperature in TEMPERATURES:

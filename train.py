@@ -1123,7 +1123,7 @@ def open_loop(models, codes, actions, context=4, temperature=1.0):
         for t in range(codes.shape[1] - 1):
             z = models.vqvae.embed(dreamed[t])
             following, reward, _, state = dream_step(models.dynamics, z, actions[:, t], state,
-                                                  temperature)
+                                                     temperature)
             dreamed.append(codes[:, t + 1] if t + 1 < context else following)
             rewards.append(reward)
     return torch.stack(dreamed, 1), torch.stack(rewards, 1)
