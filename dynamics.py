@@ -37,12 +37,13 @@ from convlstm import ConvLSTMCell
 def sample(logits, temperature=1.0, generator=None):
     """Draws from Cat(Softmax(logits / temperature)) along dimension 1: [B, K, ..] -> int64 [B, ..].
 
-    The Gumbel-max trick: with u_k uniform in (0, 1), the largest logit_k - log(-log u_k) is at k
-    with probability softmax(logits)_k. One pass, no normalisation, no copy to the host.
-    generator: of the u_k; torch's global one if None.
+    Inverse transform sampling: with u uniform in [0, 1), as many cumulative probabilities are at
+    most u as there are values below the drawn one. One random number per draw, no copy to the host.
+    generator: of the u; torch's global one if None.
     """
-    u = torch.rand(logits.shape, device=logits.device, generator=generator).clamp_(min=1e-30)
-    return (logits.float() / temperature - u.log_().neg_().log_()).argmax(1)
+    cumulative = (logits.float() / temperature).softmax(1).cumsum(1)[:, :-1]
+    u = torch.rand(cumulative[:, :1].shape, device=logits.device, generator=generator)
+    return (cumulative <= u).sum(1)
 
 
 def reward_class(rewards):
@@ -178,13 +179,11 @@ class Dynamics(nn.Module):
         an end is likelier than not, both).
         """
         B, L = codes.shape[:2]
-        state, z, ys, code_logits, end_logits = self.initial_state(B), codes[:, 0], [], [], []
+        state, z, ys, code_logits = self.initial_state(B), codes[:, 0], [], []
         for t in range(L - 1):
             y, state = self.advance(embed(z).detach(), actions[:, t], state)
             ys.append(y)
             code_logits.append(self.code_head(y).float())
-            if self.end_head is not None:
-                end_logits.append(self.end_logits(actions[:, t], state))
 
             # The next input: the truth while in context and at the start of another episode,
             # else a sample of what was just predicted. (It is an integer: no gradient through it.)
@@ -196,7 +195,8 @@ class Dynamics(nn.Module):
 
         # Whatever need not wait for the step before is computed for all steps at once.
         code_logits, targets = torch.stack(code_logits, 2), codes[:, 1:]         # [B, K, L-1, 6, 6]
-        reward_logits = self.reward_head(torch.stack(ys, 1).flatten(0, 1)).float()
+        ys = torch.stack(ys, 1).flatten(0, 1)                                    # [B (L-1), ..]
+        reward_logits = self.reward_head(ys).float()
         reward_logits = reward_logits.unflatten(0, (B, L - 1)).transpose(1, 2)   # [B, 3, L-1]
         reward_targets = reward_class(rewards[:, :L - 1])                        # [B, L-1]
         # No code loss across an episode end. (The released code masks with end_{t+1}, a step late.)
@@ -217,11 +217,11 @@ class Dynamics(nn.Module):
         heads_loss = reward_loss
         if self.end_head is not None:
             over = (ends if terminated is None else terminated)[:, :L - 1].float()   # [B, L-1]
-            logits = torch.stack(end_logits, 1)
+            logits = self.end_head(ys).float().view(B, L - 1)    # overrated: see end_logits
             end_loss = F.binary_cross_entropy_with_logits(
-                logits + math.log(END_WEIGHT), over, weight=1 + (END_WEIGHT - 1) * over)
+                logits, over, weight=1 + (END_WEIGHT - 1) * over)
             heads_loss = heads_loss + end_loss
-            said = (logits > 0).float()
+            said = (logits > math.log(END_WEIGHT)).float()
             parts |= {"end_loss": end_loss, "end_true": over.mean(), "end_predicted": said.mean(),
                       "end_right": (said * over).mean()}
         return code_loss + reward_weight * heads_loss, {k: v.detach() for k, v in parts.items()}
@@ -245,13 +245,20 @@ def dream_step(dynamics, z, action, state, temperature=1.0, generator=None):
     return codes, reward, end, state
 
 
+def policy_input(z, state, memory):
+    """What the policy sees: embedded codes z [B, D, 6, 6] (Eq. 2), with memory also h of the second
+    cell after the step before (Eq. 5), as further channels [B, D + C, 6, 6].
+    """
+    return torch.cat([z, state[1][0]], 1) if memory else z
+
+
 @torch.no_grad()
 def imagine(dynamics, embed, policy, codes, state, temperature=1.0, memory=False):
     """One step of `dream`: the policy acts on codes int64 [B, 6, 6], the model answers
     -> action [B], its log-probability [B], value [B], reward [B], end bool [B], next codes, state.
     """
     z = embed(codes)
-    action_logits, value = policy(torch.cat([z, state[1][0]], 1) if memory else z)
+    action_logits, value = policy(policy_input(z, state, memory))
     action_logits = action_logits.float()
     action = sample(action_logits)                                               # Eq. 8
     log_prob = action_logits.log_softmax(1).gather(1, action[:, None])[:, 0]
@@ -273,8 +280,7 @@ def dream(dynamics, embed, policy, start_codes, steps=50, temperature=1.0, boots
                  (Ha & Schmidhuber, Table 2)
     bootstrap    True: the dream is only cut short after T steps; what would have followed is worth
                  the policy's own value of what was reached
-    memory       the policy sees h_{t-1} of the second cell too (Eq. 5), as further channels:
-                 [B, D + C, 6, 6]
+    memory       the policy sees h_{t-1} of the second cell too (`policy_input`)
     step         `imagine`, or the same compiled
 
     Returns a dict of tensors with time first: codes [T, B, 6, 6], actions [T, B],
@@ -303,8 +309,7 @@ def dream(dynamics, embed, policy, start_codes, steps=50, temperature=1.0, boots
     if not bootstrap and dynamics.end_head is None:
         batch["dones"][-1] = True
         return batch | {"last_value": torch.zeros(B, device=device)}
-    z = embed(codes)
-    last_value = policy(torch.cat([z, state[1][0]], 1) if memory else z)[1]
+    last_value = policy(policy_input(embed(codes), state, memory))[1]
     return batch | {"last_value": last_value.float()}
 
 

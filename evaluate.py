@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from atari import AtariEnv, ExperienceBuffer
-from dynamics import DreamEnv, dream, reward_class, sample
+from dynamics import DreamEnv, dream, policy_input, reward_class, sample
 from train import (MAY_CHANGE, PRESETS, PROTOCOL, Config, Models, UserError, check, config_from,
                    newest_checkpoint, open_loop, play_episodes, still_playing, write_atomically)
 from vqvae import foreground_error
@@ -495,15 +495,6 @@ def record(models, game, seeds, temperature, most):
 
 
 @torch.no_grad()
-def encoded(models, buffer, rows=None, batch=64):
-    """Codes of observations of a buffer (int [N]; None: of all), int64 [N, 6, 6] on the device."""
-    rows = np.arange(len(buffer)) if rows is None else rows
-    with models.autocast():
-        return torch.cat([models.vqvae.encode(models.to_device(buffer.stacked(part)))
-                          for part in np.array_split(rows, -(-len(rows) // batch))])
-
-
-@torch.no_grad()
 def decoded(models, codes, batch=64):
     """Codes int64 [N, 6, 6] -> the newest frame of each decoded observation,
     float32 [N, 96, 96] in [0, 1], on the host.
@@ -543,7 +534,7 @@ def fidelity(models, buffer, temperature=1.0, most=256):
     """
     length, frames = CONTEXT + HORIZONS[-1], torch.from_numpy(buffer.frames[:len(buffer)])
     rows = stretches(buffer, length, most, "that --fidelity needs")                  # [n, L]
-    real = encoded(models, buffer)[models.to_device(rows)]                           # [n, L, 6, 6]
+    real = models.encode_all(buffer)[models.to_device(rows)].long()                # [n, L, 6, 6]
     actions = models.to_device(buffer.actions[rows].astype(np.int64))
     parts = [open_loop(models, z, a, CONTEXT, temperature)
              for z, a in zip(real.split(128), actions.split(128))]
@@ -618,7 +609,7 @@ def virtual_scores(models, buffer, steps, most=256):
     """
     rows = stretches(buffer, steps, most, "of a dream")                              # [n, steps]
     paid = reward_class(torch.from_numpy(buffer.rewards[rows])) - 1
-    codes, scores = encoded(models, buffer, rows[:, 0]), {"real": paid.sum(1)}
+    codes, scores = models.encode_all(buffer, rows[:, 0]).long(), {"real": paid.sum(1)}
     for temperature in TEMPERATURES:
         with models.autocast():
             rollout = dream(models.dynamics, models.vqvae.embed, models.policy, codes, steps,
@@ -748,7 +739,7 @@ def dream_pictures(models, buffer, names, steps, temperature, rng):
     start = int(rng.integers(len(buffer) - CONTEXT - steps + 1))
     rows = np.arange(start, start + CONTEXT + steps)
     actions = models.to_device(buffer.actions[rows].astype(np.int64))
-    real = encoded(models, buffer)[models.to_device(rows)]
+    real = models.encode_all(buffer)[models.to_device(rows)].long()
     dreamed, rewards = open_loop(models, real[None], actions[None], CONTEXT, temperature)
     images, maps = decoded(models, dreamed[0]).numpy(), dreamed[0].cpu().numpy()
     # The reward r_{t-1} comes with o_t; it is written over the picture of o_t.
@@ -769,7 +760,7 @@ def dream_pictures(models, buffer, names, steps, temperature, rng):
 
 def video_pictures(models, buffer, names):
     """The recorded episode -> steps for save_pictures: game, reconstruction and codes."""
-    codes = encoded(models, buffer)
+    codes = models.encode_all(buffer).long()
     images, maps = decoded(models, codes).numpy(), codes.cpu().numpy()
     scores = np.concatenate([[0], np.cumsum(buffer.rewards[:len(buffer)])])
     return [([(f"real: score {scores[t]:g}", buffer.frames[t] / 255),
@@ -869,9 +860,8 @@ class Player:
         """One step of the dream under the keys held, or under the policy."""
         with self.models.autocast():
             if self.by_policy:
-                x = torch.from_numpy(self.observation).to(self.models.device)
-                if self.models.config.policy_memory:
-                    x = torch.cat([x, self.env.state[1][0]], 1)
+                z = torch.from_numpy(self.observation).to(self.models.device)
+                x = policy_input(z, self.env.state, self.models.config.policy_memory)
                 self.action = int(sample(self.models.policy(x)[0], generator=self.env.generator))
             else:
                 self.action = action_of(self.held, self.names)
@@ -915,8 +905,8 @@ def show_play(args):
     models, config, _ = load_models(args.runs[0], args.device)
     torch.manual_seed(args.seed)
     buffer = record(models, config.game, [args.seed], 1.0, most=500)
-    player = Player(models, encoded(models, buffer), AtariEnv(config.game).action_meanings, figure,
-                    args.temperature, args.seed)
+    player = Player(models, models.encode_all(buffer).long(),
+                    AtariEnv(config.game).action_meanings, figure, args.temperature, args.seed)
     timer = figure.canvas.new_timer(interval=1000 // 15)
     timer.add_callback(player.tick)
     timer.start()

@@ -1900,7 +1900,7 @@ def test_fidelity_figures_against_plain_loops(monkeypatch):
     ends[[70, 71, 100, 199]] = True            # episodes of 71, 1, 29 and 99 steps
     buffer.add(rng.integers(0, 256, (200, 96, 96), np.uint8), rng.integers(M, size=200),
                rng.choice([-3., -1, 0, 0, 0, 2], 200), ends, np.zeros(200, bool))
-    codes = evaluate.encoded(models, buffer, batch=64)
+    codes = models.encode_all(buffer).long()
     assert torch.equal(codes, torch.cat([models.vqvae.encode(torch.from_numpy(
         buffer.stacked([t]))) for t in range(200)]))
 
@@ -1996,7 +1996,7 @@ def test_dream_and_video_pictures(tmp_path, monkeypatch, capsys):
             assert real == f"real: reward {buffer.rewards[first + i - 1]:g}, sum {total:g}"
             assert dreamed.startswith("dream: reward ")
     seen = torch.from_numpy(steps[0][0][2][1])     # the dream starts at the real codes
-    assert torch.equal(seen, evaluate.encoded(models, buffer)[first])
+    assert torch.equal(seen, models.encode_all(buffer).long()[first])
 
     steps = evaluate.video_pictures(models, buffer, names)
     assert len(steps) == 90
@@ -2043,7 +2043,7 @@ def test_virtual_scores_against_plain_loops(monkeypatch, capsys):
     assert len(starts) == 16 + 60
 
     def made_up(dynamics, embed, policy, codes, length, temperature, memory):
-        assert torch.equal(codes, evaluate.encoded(models, buffer)[starts])
+        assert torch.equal(codes, models.encode_all(buffer).long()[starts])
         dones = torch.zeros(length, 76, dtype=torch.bool)
         dones[[3, 7], 9] = True                # a predicted end: what comes then is another dream
         return {"rewards": temperature * torch.arange(76.).expand(length, 76), "dones": dones}

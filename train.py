@@ -39,7 +39,7 @@ import torch
 from tqdm import tqdm
 
 from atari import AtariEnv, ExperienceBuffer
-from dynamics import Dynamics, dream, dream_step, imagine, sample
+from dynamics import Dynamics, dream, dream_step, imagine, policy_input, sample
 from ppo import ActorCritic, ppo_update
 from vqvae import VQVAE, foreground_error, foreground_weight
 
@@ -145,9 +145,10 @@ PRESETS = {
         newest=4, commitment=50, revive_codes=True, vqvae_every=1, vqvae_share=0.15, vqvae_batch=16,
         hidden=32, dynamics_batch=16, dynamics_lr=3e-3, dynamics_lr_end=2e-4, teacher=0.5,
         reward_windows=0.25, world_model_epochs=(
-            55, 8.3, 6.2, 5, 4.1, 3.5, 3.1, 2.75, 2.5, 2.25, 2.06, 1.9, 1.77, 1.65, 1.55),
+            49.5, 7.4, 5.5, 4.4, 3.7, 3.1, 2.75, 2.45, 2.2, 2, 1.84, 1.7, 1.57, 1.47, 1.38),
         policy_width=0.25, dreams=200, dream_steps=16, bootstrap=True, reward_starts=0.25,
-        ppo_updates=(60,) * 15, policy_lr=5e-4, clip=0.2, value_clip=1e9, eval_episodes=4),
+        ppo_updates=(80,) * 15, policy_lr=4e-4, clip=0.2, value_clip=1e9, entropy_coef=1e-3,
+        eval_episodes=4),
     "smoke": dict(
         iterations=2, first_interactions=400, interactions=200,
         vqvae_width=0.25, warmup_epochs=6, warmup_batch=12, warmup_lr_end=1e-4, foreground=40,
@@ -308,12 +309,14 @@ class Models:
                 self.to_device(buffer.actions[rows].astype(np.int64)),
                 self.to_device(buffer.rewards[rows]), self.to_device(ends))
 
-    def encode_all(self, buffer):
-        """Codes of all that was collected, uint8 [N, 6, 6]: 3.7 MB where the frames are 944."""
+    def encode_all(self, buffer, rows=None):
+        """Codes of all that was collected, or of rows (int [N]) of it, uint8 [N, 6, 6]: 3.7 MB
+        where the frames are 944.
+        """
+        rows = np.arange(len(buffer)) if rows is None else rows
         with self.autocast():
-            return torch.cat([self.vqvae.encode(self.observations(buffer, rows)).to(torch.uint8)
-                              for rows in np.array_split(np.arange(len(buffer)),
-                                                         -(-len(buffer) // 256))])
+            return torch.cat([self.vqvae.encode(self.observations(buffer, part)).to(torch.uint8)
+                              for part in np.array_split(rows, -(-len(rows) // 256))])
 
     def step(self, name, loss):
         self.optimizers[name].zero_grad()
@@ -390,12 +393,12 @@ class Models:
         an episode, and always without policy_memory.
         """
         with self.autocast():
-            x = z = self.vqvae.embed(self.vqvae.encode(self.to_device(observations)))
-            if self.config.policy_memory:
-                state = self.dynamics.initial_state(len(z)) if state is None else state
-                x = torch.cat([z, state[1][0]], 1)
-            actions = sample(self.policy(x)[0], temperature)
-            if self.config.policy_memory:
+            z = self.vqvae.embed(self.vqvae.encode(self.to_device(observations)))
+            memory = self.config.policy_memory
+            if memory and state is None:
+                state = self.dynamics.initial_state(len(z))
+            actions = sample(self.policy(policy_input(z, state, memory))[0], temperature)
+            if memory:
                 state = self.dynamics(z, actions, state)[2]
         return actions.cpu().numpy(), state
 
