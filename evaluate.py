@@ -32,7 +32,7 @@ import torch
 from atari import AtariEnv, ExperienceBuffer
 from dynamics import DreamEnv, dream, policy_input, reward_class, sample
 from train import (MAY_CHANGE, PRESETS, PROTOCOL, Config, Models, UserError, check, config_from,
-                   newest_checkpoint, open_loop, play_episodes, still_playing, write_atomically)
+                   newest_checkpoint, open_loop, play_episodes, real_steps, write_atomically)
 from vqvae import foreground_error
 
 # Published: scores of a random policy and a human (Mnih et al., 2015, as the Atari 100K benchmark
@@ -92,7 +92,7 @@ def load_models(folder, device):
         raise UserError(f"there is no run folder {folder}")
     if is_ppo(folder):
         raise UserError(f"{folder} is a run of ppo.py, which keeps no weights to play with")
-    state, _ = newest_checkpoint(folder)
+    state = newest_checkpoint(folder)
     config = config_from(state["config"])
     config.device = device
     check(config)
@@ -474,20 +474,10 @@ def record(models, game, seeds, temperature, most):
     """Plays one real episode for each seed, side by side, at most `most` steps of each
     -> ExperienceBuffer with one episode after the other. Nothing learns from it.
     """
-    envs = [AtariEnv(game, seed=seed) for seed in seeds]
-    stacks = np.stack([[env.reset()] * 4 for env in envs])                       # [B, 4, 96, 96]
-    episodes, playing, state = [[] for _ in envs], np.arange(len(envs)), None
-    for step in range(most):
-        (actions, state), over = models.act(stacks[playing], temperature, state), []
-        for i, action in zip(playing, actions):
-            frame, reward, terminated, truncated = envs[i].step(action)
-            truncated |= step == most - 1
-            episodes[i].append((stacks[i, -1].copy(), action, reward, terminated, truncated))
-            stacks[i] = np.concatenate([stacks[i, 1:], frame[None]])
-            over.append(terminated or truncated)
-        playing, state = playing[~np.array(over)], still_playing(state, over)
-        if not len(playing):
-            break
+    episodes = [[] for _ in seeds]
+    for step, rows in zip(range(most), real_steps(models, game, seeds, temperature)):
+        for i, *row, truncated in rows:
+            episodes[i].append((*row, truncated or step == most - 1))
     buffer = ExperienceBuffer(sum(map(len, episodes)))
     for episode in episodes:
         buffer.add(*map(np.array, zip(*episode)))

@@ -1421,7 +1421,6 @@ def test_memory_lasts_as_long_as_an_episode(monkeypatch):
             return np.zeros(len(seeds), np.int64), [(seeds, steps + 1), (seeds, steps + 1)]
 
     monkeypatch.setattr(train, "AtariEnv", Env)
-    monkeypatch.setattr(evaluate, "AtariEnv", Env)
     watcher = Watcher()
     assert train.play_episodes(watcher, "Any", [3, 1, 4, 2], 1.0) == [3, 1, 4, 2]
     assert watcher.steps == 10
@@ -2462,7 +2461,7 @@ def test_killed_at_any_moment_and_resumed_is_bit_for_bit_the_same(tmp_path, whol
         status, _ = in_child([*TINY, "--out", str(out)], die_at=die_at)
         assert status == -signal.SIGKILL
         if any((out / RUN).glob("checkpoint*.pt")):
-            state, _ = train.newest_checkpoint(out / RUN)
+            state = train.newest_checkpoint(out / RUN)
             places.add((state["iteration"], state["stage"], state["update"]))
         begun = (out / RUN / "config.json").exists()         # else there is nothing to resume
         again = ["--resume", str(out / RUN)] if begun else [*TINY, "--out", str(out)]

@@ -483,9 +483,7 @@ def read_checkpoint(path):
 
 
 def newest_checkpoint(folder):
-    """(state, path) of the newer of the two checkpoints that is whole;
-    says so if the newer one is not.
-    """
+    """The state in the newer of the two checkpoints that is whole; says so if it is the older."""
     problems = []
     for name in ("checkpoint.pt", "checkpoint-previous.pt"):
         if (folder / name).exists():
@@ -496,7 +494,7 @@ def newest_checkpoint(folder):
                 continue
             for problem in problems:
                 print(f"warning: {problem}; going on from {name}", file=sys.stderr)
-            return state, folder / name
+            return state
     raise UserError("; ".join(problems)
                     or f"{folder} holds no checkpoint; start a run without --resume")
 
@@ -984,29 +982,39 @@ def learn_policy(run):
     run.finish_stage("evaluate")
 
 
-def play_episodes(models, game, seeds, temperature, stopped=lambda: False, label="playing"):
-    """Plays one whole real episode for each seed, all side by side
-    -> list of scores, None if stopped.
+def real_steps(models, game, seeds, temperature):
+    """Plays one whole real episode for each seed, all side by side. A generator: each step yields,
+    for all that still play, (number of the episode, frame uint8 [96, 96], action taken on it,
+    reward, terminated, truncated).
 
     Up to 30 no-ops, no sticky actions, no life-loss termination, actions sampled from
-    softmax(logits / temperature), the score as the game counts it.
+    softmax(logits / temperature), the reward as the game counts it.
     """
     envs = [AtariEnv(game, seed=seed) for seed in seeds]
     stacks = np.stack([[env.reset()] * 4 for env in envs])                       # [B, 4, 96, 96]
-    scores, playing, state = np.zeros(len(envs)), np.arange(len(envs)), None
+    playing, state = np.arange(len(envs)), None
+    while len(playing):
+        (actions, state), rows = models.act(stacks[playing], temperature, state), []
+        for i, action in zip(playing, actions):
+            frame, reward, terminated, truncated = envs[i].step(action)
+            rows.append((i, stacks[i, -1].copy(), action, reward, terminated, truncated))
+            stacks[i] = np.concatenate([stacks[i, 1:], frame[None]])
+        yield rows
+        over = [terminated or truncated for *_, terminated, truncated in rows]
+        playing, state = playing[~np.array(over)], still_playing(state, over)
+
+
+def play_episodes(models, game, seeds, temperature, stopped=lambda: False, label="playing"):
+    """Scores of whole real episodes, one for each seed, as a list; None if stopped."""
+    scores = np.zeros(len(seeds))
     with models.autocast(), tqdm(desc=label, unit=" steps", disable=not sys.stderr.isatty(),
                                  leave=False) as bar:
-        while len(playing):
+        for rows in real_steps(models, game, seeds, temperature):
             if stopped():
                 return None
-            (actions, state), over = models.act(stacks[playing], temperature, state), []
-            for i, action in zip(playing, actions):
-                frame, reward, terminated, truncated = envs[i].step(action)
+            for i, _, _, reward, _, _ in rows:
                 scores[i] += reward
-                stacks[i] = np.concatenate([stacks[i, 1:], frame[None]])
-                over.append(terminated or truncated)
-            bar.update(len(playing))
-            playing, state = playing[~np.array(over)], still_playing(state, over)
+            bar.update(len(rows))
     return scores.tolist()
 
 
@@ -1480,7 +1488,7 @@ def start(arguments):
             # Killed before its first save.
             state, saved = None, json.loads((folder / "config.json").read_text())
         else:
-            state, path = newest_checkpoint(folder)
+            state = newest_checkpoint(folder)
             saved = state["config"]
         config = resume_settings(config_from(saved), given, override)
         check(config)
