@@ -484,6 +484,21 @@ def record(models, game, seeds, temperature, most):
     return buffer
 
 
+def moments(models, game, seed):
+    """Codes of the first 500 moments, or fewer, of one real episode: int64 [N, 6, 6]."""
+    torch.manual_seed(seed)
+    return models.encode_all(record(models, game, [seed], 1.0, most=500)).long()
+
+
+def dream_env(folder, num_envs, steps=50, temperature=1.0, seed=0, device="cpu"):
+    """The dream of the trained run in `folder` as an environment for any agent -> DreamEnv
+    (dynamics.py), whose episodes begin at moments of a real one, played for that from `seed`.
+    """
+    models, config, _ = load_models(folder, device)
+    return DreamEnv(models.dynamics, models.vqvae, moments(models, config.game, seed), num_envs,
+                    steps, temperature)
+
+
 @torch.no_grad()
 def decoded(models, codes, batch=64):
     """Codes int64 [N, 6, 6] -> the newest frame of each decoded observation,
@@ -893,9 +908,7 @@ def show_play(args):
     for name in [name for name in matplotlib.rcParams if name.startswith("keymap.")]:
         matplotlib.rcParams[name] = []                  # f would mean full screen, r home, ..
     models, config, _ = load_models(args.runs[0], args.device)
-    torch.manual_seed(args.seed)
-    buffer = record(models, config.game, [args.seed], 1.0, most=500)
-    player = Player(models, models.encode_all(buffer).long(),
+    player = Player(models, moments(models, config.game, args.seed),
                     AtariEnv(config.game).action_meanings, figure, args.temperature, args.seed)
     timer = figure.canvas.new_timer(interval=1000 // 15)
     timer.add_callback(player.tick)

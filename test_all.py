@@ -2236,25 +2236,27 @@ def test_dream_env_is_a_gymnasium_vector_env():
             assert info["episode"]["r"].tolist() == info["episode"]["l"].tolist() == [T] * n
 
 
-def test_a_strangers_agent_learns_in_the_dream():
-    """The README's agent, one linear layer and REINFORCE, in a world where action 2 pays."""
-    torch.manual_seed(0)
+def test_a_strangers_agent_learns_in_the_dream(monkeypatch, capsys):
+    """The README's own lines, one linear layer and REINFORCE, in a world where action 2 pays."""
+    (lines,) = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
     world, starts = CountingWorld(), torch.randint(8, (20, 6, 6))
-    env = DreamEnv(world, world, starts, num_envs=32, steps=10)
-    agent = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(8 * 36, 3))
-    optimizer, scores = torch.optim.Adam(agent.parameters(), lr=0.01), []
-    for update in range(25):
-        (observation, _), over, log_p, rewards = env.reset(seed=update), False, [], []
-        while not over:
-            policy = torch.distributions.Categorical(logits=agent(torch.from_numpy(observation)))
-            action = policy.sample()
-            observation, reward, terminated, truncated, info = env.step(action.numpy())
-            log_p.append(policy.log_prob(action)), rewards.append(torch.from_numpy(reward))
-            over = (terminated | truncated).all()
-        loss = -(torch.stack(log_p).sum(0) * (sum(rewards) - sum(rewards).mean())).mean()
-        optimizer.zero_grad(), loss.backward(), optimizer.step()
-        scores.append(sum(rewards).mean().item())
-    assert abs(scores[0]) < 2 and scores[-1] > 8                     # 10 would be perfect
+    monkeypatch.setattr(evaluate, "dream_env", lambda folder, num_envs, steps:
+                        DreamEnv(world, world, starts, num_envs, steps))
+    torch.manual_seed(0)
+    exec(lines, {})
+    scores = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
+    assert len(scores) == 100
+    assert abs(scores[0]) < 4 and scores[-1] > 15                    # 20 would be perfect
+
+
+def test_dream_env_of_a_run(smoke):
+    """evaluate.dream_env: a run's own dream; equal seeds begin at equal moments."""
+    first, again, other = (evaluate.dream_env(smoke, 2, steps=3, seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(first.starts, again.starts) and len(first.starts) == 500
+    assert not torch.equal(first.starts, other.starts)
+    observation, _ = first.reset(seed=0)
+    assert observation.shape == (2, 32, 6, 6) and first.single_action_space.n == 3
+    assert [first.step(np.zeros(2, int))[2].all() for _ in range(3)] == [False, False, True]
 
 
 def test_dream_env_ends_where_the_model_says(monkeypatch):
