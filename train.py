@@ -147,8 +147,8 @@ PRESETS = {
         reward_windows=0.25, world_model_epochs=(
             49.5, 7.4, 5.5, 4.4, 3.7, 3.1, 2.75, 2.45, 2.2, 2, 1.84, 1.7, 1.57, 1.47, 1.38),
         policy_width=0.25, dreams=200, dream_steps=16, bootstrap=True, reward_starts=0.25,
-        ppo_updates=(80,) * 15, policy_lr=4e-4, clip=0.2, value_clip=1e9, entropy_coef=1e-3,
-        eval_episodes=4),
+        ppo_updates=(100,) * 15, policy_lr=4e-4, minibatch=800, entropy_coef=3e-3, clip=0.2,
+        value_clip=1e9, eval_episodes=4),
     "smoke": dict(
         iterations=2, first_interactions=400, interactions=200,
         vqvae_width=0.25, warmup_epochs=6, warmup_batch=12, warmup_lr_end=1e-4, foreground=40,
