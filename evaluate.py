@@ -31,8 +31,9 @@ import torch
 
 from atari import AtariEnv, ExperienceBuffer
 from dynamics import DreamEnv, dream, policy_input, reward_class, sample
-from train import (MAY_CHANGE, PRESETS, PROTOCOL, Config, Models, UserError, check, config_from,
-                   newest_checkpoint, open_loop, play_episodes, real_steps, write_atomically)
+from train import (MAY_CHANGE, PRESETS, PROTOCOL, STAGES, TIMES, Config, Models, UserError, check,
+                   clock, config_from, newest_checkpoint, open_loop, play_episodes, real_steps,
+                   write_atomically)
 from vqvae import foreground_error
 
 # Published: scores of a random policy and a human (Mnih et al., 2015, as the Atari 100K benchmark
@@ -138,17 +139,17 @@ def read_json(path):
     return value
 
 
-def read_curve(folder):
-    """metrics.csv -> its rows as dicts of floats, one per round; empty fields are left out."""
-    path = folder / "metrics.csv"
+def read_numbers(path, fits):
+    """A .csv of a run -> its rows as dicts of floats; empty fields are left out. [] if there is no
+    such file; UserError if it is damaged or a row does not fit: fits(row) -> bool.
+    """
     if not path.exists():
         return []
     try:
         with open(path, newline="") as file:
             rows = [{name: float(text) for name, text in row.items() if text}
                     for row in csv.DictReader(file)]
-        if all({"iteration", "interactions"} <= set(row) and all(map(math.isfinite, row.values()))
-               and ("real_return" in row) == ("real_episodes" in row) for row in rows):
+        if all(all(map(math.isfinite, row.values())) and fits(row) for row in rows):
             return rows
     except (OSError, ValueError, TypeError, AttributeError, csv.Error):
         pass
@@ -184,7 +185,9 @@ def read_run(folder):
                   and type(result.get("interactions")) is int)
     if not whole:
         raise UserError(f"{evaluation if result else settings} is damaged or of another version")
-    rows = read_curve(folder)
+    rows = read_numbers(folder / "metrics.csv", lambda row: (
+        {"iteration", "interactions"} <= set(row)
+        and ("real_return" in row) == ("real_episodes" in row)))
     interactions = int(rows[-1]["interactions"]) if rows else 0
 
     expected = dataclasses.asdict(Config(**PRESETS.get(run["preset"], {})))
@@ -355,6 +358,20 @@ def table(groups):
         lines.append("    the same games, published means: " + "; ".join(
             f"{name} mean {np.mean(s):.3f}, median {np.median(s):.3f}"
             for name, s in published.items()))
+    return "\n".join(lines)
+
+
+def costs(runs):
+    """Where the time of each run went, a line each, from its times.csv; runs without one: none."""
+    lines = []
+    for run in runs:
+        rows = read_numbers(run["folder"] / "times.csv", lambda row: set(TIMES) == set(row))
+        seconds = {stage: sum(row[stage] for row in rows) for stage in STAGES}
+        whole = sum(seconds.values())
+        if whole:
+            lines.append(f"{run['folder'].name}: {clock(whole)} (h:mm:ss), of it " + ", ".join(
+                f"{stage.replace('_', ' ')} {part / whole:.0%}" for stage, part in seconds.items())
+                + f"; memory at most {max(row['peak_mb'] for row in rows):,.0f} MB")
     return "\n".join(lines)
 
 
@@ -959,7 +976,7 @@ def judge_many(args):
     if args.json:
         print(json.dumps([summary(group) for group in groups]))
     else:
-        print(table(groups))
+        print("\n\n".join(filter(None, (table(groups), costs(runs)))))
     if args.plot:
         plot(groups, args.plot)
 

@@ -1707,6 +1707,19 @@ def judged(capsys, *arguments):
     return capsys.readouterr().out
 
 
+def test_costs_of_runs(tmp_path, capsys):
+    """Sums of times.csv, shares of the stages, the highest peak; damage is told in one line."""
+    run, bare = (made_up_run(tmp_path, "Pong", seed, [1.0]) for seed in (0, 1))
+    seconds = [[10, 600, 900, 90, 20], [30, 0, 1800, 180, 40]]
+    train.write_table(run / "times.csv", train.TIMES, [
+        dict(zip(train.TIMES, (i + 1, *row, 900 - i))) for i, row in enumerate(seconds)])
+    told = judged(capsys, run, bare).splitlines()[-1]
+    assert told == (f"{run.name}: 1:01:10 (h:mm:ss), of it collect 1%, warm up 16%, world model 74%"
+                    ", policy 7%, evaluate 2%; memory at most 900 MB")
+    (bare / "times.csv").write_text("iteration,collect\n1,2\n")
+    assert_main_refuses("times.csv is damaged", evaluate.main, run, bare)
+
+
 def test_published_numbers_are_those_of_tables_4_and_5():
     """Table 4: mean and deviation of ours, SimPLe, PPO 100K. Table 5: medians, bests."""
     table4 = """BankHeist 101.2 17.4 8.2 4.4 16.0 12.4
