@@ -833,7 +833,7 @@ def test_an_end_is_learned():
 def test_a_dream_ends_where_the_model_says(monkeypatch):
     """--predict-ends: an ended dream goes on as another from a real start, the state forgotten;
     then GAE does not look past the end, but past the last step."""
-    world, T, B = CountingWorld(), 12, 6
+    world, T, B = CountingWorld(), 12, 12
     starts = torch.randint(8, (B, 6, 6))
 
     def policy(z):
