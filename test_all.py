@@ -1210,7 +1210,9 @@ def test_the_estimate_knows_that_later_rounds_cost_something_else():
 
 
 def test_an_epoch_covers_every_window_once():
-    """facts.md 3, epochs; with reward_windows, rare rewards are met more often (ours)."""
+    """facts.md 3, epochs; with reward_windows, rare rewards are met more often, with recent_windows
+    the newest experience (ours).
+    """
     buffer = filled_buffer(np.random.default_rng(0), n=230)[0]
     buffer.rewards[:] = 0
     config = train.Config(dynamics_batch=4, reward_windows=0.0)      # 20 windows at any offset
@@ -1224,6 +1226,20 @@ def test_an_epoch_covers_every_window_once():
     config = dataclasses.replace(config, reward_windows=0.5)
     order = train.epoch_of_windows(buffer, config, 5, np.random.default_rng(1))
     assert (buffer.rewards[order[:, :2, :-1]] != 0).any(2).all()     # half of each batch
+    config = dataclasses.replace(config, recent_windows=0.5, first_interactions=60)
+    order = train.epoch_of_windows(buffer, config, 5, np.random.default_rng(1))
+    assert (buffer.rewards[order[:, :2, :-1]] != 0).any(2).all()     # half, and the other half
+    assert (order[:, 2:, 0] >= 170).all() and len(np.unique(order[:, 2:, 0])) > 1
+
+
+def test_weight_decay_pulls_at_the_dynamics_and_not_at_its_heads():
+    """Decoupled, as in AdamW: without a gradient a step multiplies by 1 - lr * weight_decay."""
+    models = tiny_models(weight_decay=0.5, dynamics_lr=0.1)
+    before = {name: p.clone() for name, p in models.dynamics.named_parameters()}
+    models.step("dynamics", sum(0 * p.sum() for p in models.dynamics.parameters()))
+    for name, p in models.dynamics.named_parameters():
+        factor = 1 if name.startswith("reward_head.") else 0.95
+        torch.testing.assert_close(p.data, factor * before[name].data)
 
 
 def test_random_actions_of_round_1_are_uniform_or_prefer_some_for_a_while():

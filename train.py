@@ -106,6 +106,8 @@ class Config:
     predict_ends: bool = setting(False, "a third head ends dreams (paper 5; Ha & Schmidhuber 4.1)")
     teacher: float = setting(0.0, "first share of a round's updates with all inputs true (ours)")
     reward_windows: float = setting(0.0, "share of each batch from windows with a reward (ours)")
+    recent_windows: float = setting(0.0, "share of it from the newest `first_interactions` (ours)")
+    weight_decay: float = setting(0.0, "decoupled (AdamW) decay of the dynamics' weights (ours)")
     world_model_epochs: tuple = setting(
         (140, 32, 24, 20, 16, 14, 12, 11, 10, 9, 8, 8, 7, 7, 6), "passes in each round (released)")
 
@@ -144,8 +146,8 @@ PRESETS = {
         vqvae_width=0.5, warmup_epochs=7, warmup_batch=12, warmup_lr_end=1e-4, foreground=40,
         newest=4, commitment=50, revive_codes=True, vqvae_every=1, vqvae_share=0.15, vqvae_batch=16,
         hidden=32, dynamics_batch=16, dynamics_lr=3e-3, dynamics_lr_end=2e-4, teacher=0.5,
-        reward_windows=0.25, world_model_epochs=(
-            49.5, 7.4, 5.5, 4.4, 3.7, 3.1, 2.75, 2.45, 2.2, 2, 1.84, 1.7, 1.57, 1.47, 1.38),
+        reward_windows=0.25, recent_windows=0.5, weight_decay=0.3, world_model_epochs=(
+            33, 4.62, 3.44, 2.75, 2.31, 1.94, 1.72, 1.53, 1.38, 1.25, 1.15, 1.06, 0.98, 0.92, 0.86),
         policy_width=0.25, dreams=200, dream_steps=16, bootstrap=True, reward_starts=0.25,
         ppo_updates=(100,) * 15, policy_lr=4e-4, minibatch=800, entropy_coef=3e-3, clip=0.2,
         value_clip=1e9, eval_episodes=4),
@@ -265,10 +267,10 @@ class Models:
         fused = self.device.type in ("cpu", "cuda")
         self.optimizers = {
             "vqvae": torch.optim.Adam(self.vqvae.parameters(), lr=config.vqvae_lr, fused=fused),
-            "dynamics": torch.optim.Adam([
-                {"params": trunk, "lr": config.dynamics_lr},
+            "dynamics": torch.optim.AdamW([     # Adam, where weight_decay is 0
+                {"params": trunk, "lr": config.dynamics_lr, "weight_decay": config.weight_decay},
                 {"params": head, "lr": config.reward_lr, "eps": 1e-8 * config.reward_weight}],
-                fused=fused),
+                weight_decay=0, fused=fused),
             # eps as in PPO's reference code: with 1e-8 Adam's first steps, all of full size, can
             # throw the critic off and with it, through the shared trunk, the policy.
             "policy": torch.optim.Adam(self.policy.parameters(), lr=config.policy_lr, eps=1e-5,
@@ -948,15 +950,20 @@ def epoch_of_windows(buffer, config, batches, rng):
 
     With reward_windows > 0, that share of each batch is replaced by windows that hold a reward,
     where there are any: three rewards among 32,000 steps are otherwise met once per pass and
-    forgotten in between.
+    forgotten in between. With recent_windows > 0, that share by windows of the newest
+    `first_interactions` steps: they show what the policy does now, and are the least known.
     """
     windows = rng.permutation(buffer.windows(config.window, rng))
     order = windows[:batches * config.dynamics_batch].reshape(batches, config.dynamics_batch,
                                                               config.window)
     rewarded = windows[(np.round(np.clip(buffer.rewards[windows[:, :-1]], -1, 1)) != 0).any(1)]
-    extra = round(config.reward_windows * config.dynamics_batch)
-    if extra and len(rewarded):
-        order[:, :extra] = rewarded[rng.integers(len(rewarded), size=(batches, extra))]
+    recent = windows[windows[:, 0] >= len(buffer) - config.first_interactions]
+    first, last = (round(share * config.dynamics_batch)
+                   for share in (config.reward_windows, config.recent_windows))
+    if last and len(recent):
+        order[:, -last:] = recent[rng.integers(len(recent), size=(batches, last))]
+    if first and len(rewarded):
+        order[:, :first] = rewarded[rng.integers(len(rewarded), size=(batches, first))]
     return order
 
 
