@@ -86,6 +86,13 @@ def is_ppo(folder):
     return path.exists() and read_json(path).get("preset") == "ppo"
 
 
+def result_only(folder):
+    """Is there nothing to play with: a run of ppo.py, or one kept without its checkpoint?"""
+    folder = pathlib.Path(folder)
+    kept = (folder / "evaluation.json").exists() and not any(folder.glob("checkpoint*.pt"))
+    return kept or is_ppo(folder)
+
+
 def load_models(folder, device):
     """Run folder -> (models with the checkpoint's weights, its settings, interactions so far)."""
     folder = pathlib.Path(folder)
@@ -984,7 +991,8 @@ def judge_many(args):
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="*", metavar="RUN", help="run folders, e.g. runs/Freeway-"
-                        "small-s0; of one the policy plays, of several the results are compared")
+                        "small-s0; of one the policy plays, of several the results are compared; "
+                        "files beside them (results/*) are passed over")
     parser.add_argument("--plot", metavar="curves.png",
                         help="draw the learning curves of the runs, a panel for each game")
     parser.add_argument("--fidelity", action="store_true", help="open loop along fresh real "
@@ -1014,6 +1022,8 @@ def main(arguments=None):
     parser.add_argument("--json", action="store_true",
                         help="print a list of JSON objects instead of text")
     args = parser.parse_args(arguments)
+    # What lies beside the runs, as in results/*, is none.
+    args.runs = [run for run in args.runs if not pathlib.Path(run).is_file()]
     try:
         if args.episodes is not None and args.episodes < 1 or args.parallel < 1 or not (
                 0 < args.temperature < math.inf):
@@ -1045,7 +1055,7 @@ def main(arguments=None):
             show_play(args)
         elif looks:
             show_pictures(args)
-        elif len(args.runs) > 1 or args.plot or not args.random and is_ppo(args.runs[0]):
+        elif len(args.runs) > 1 or args.plot or not args.random and result_only(args.runs[0]):
             judge_many(args)
         else:
             judge_one(args)

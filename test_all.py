@@ -1736,6 +1736,16 @@ def test_costs_of_runs(tmp_path, capsys):
     assert_main_refuses("times.csv is damaged", evaluate.main, run, bare)
 
 
+def test_results_kept_without_their_checkpoints(tmp_path, capsys):
+    """results/*: pictures beside the runs are passed over; a run kept alone shows its scores."""
+    run = made_up_run(tmp_path, "Pong", 0, [1.0, 2.0])
+    (tmp_path / "curves.png").write_bytes(b"")
+    (tmp_path / "random.json").write_text("[]")
+    for folders in (tmp_path.iterdir(), [run]):
+        assert json.loads(judged(capsys, *folders, "--json"))[0]["mean"] == 1.5
+    assert_main_refuses("name a run folder", evaluate.main, tmp_path / "random.json")
+
+
 def test_published_numbers_are_those_of_tables_4_and_5():
     """Table 4: mean and deviation of ours, SimPLe, PPO 100K. Table 5: medians, bests."""
     table4 = """BankHeist 101.2 17.4 8.2 4.4 16.0 12.4
