@@ -71,7 +71,7 @@ def human_normalised(game, score):
 class RandomPolicy:
     """Plays uniformly at random through the same function as a trained policy."""
 
-    autocast = contextlib.nullcontext           # there is nothing to cast
+    acting = contextlib.nullcontext             # there is nothing to cast
 
     def __init__(self, num_actions, seed):
         self.num_actions, self.rng = num_actions, np.random.default_rng(seed)
@@ -499,9 +499,10 @@ def record(models, game, seeds, temperature, most):
     -> ExperienceBuffer with one episode after the other. Nothing learns from it.
     """
     episodes = [[] for _ in seeds]
-    for step, rows in zip(range(most), real_steps(models, game, seeds, temperature)):
-        for i, *row, truncated in rows:
-            episodes[i].append((*row, truncated or step == most - 1))
+    with models.acting():
+        for step, rows in zip(range(most), real_steps(models, game, seeds, temperature)):
+            for i, *row, truncated in rows:
+                episodes[i].append((*row, truncated or step == most - 1))
     buffer = ExperienceBuffer(sum(map(len, episodes)))
     for episode in episodes:
         buffer.add(*map(np.array, zip(*episode)))

@@ -1421,7 +1421,7 @@ def test_memory_lasts_as_long_as_an_episode(monkeypatch):
             return np.array([[self.seed, self.t]], np.uint8), 1.0, self.t == self.seed, False
 
     class Watcher:
-        autocast = contextlib.nullcontext
+        acting = contextlib.nullcontext
 
         def __init__(self):
             self.steps = 0
@@ -1512,6 +1512,19 @@ def test_with_bfloat16_each_gradient_step_sees_the_one_before():
     parts = models.policy_update(tiny_windows()[0][0])
     # The probability ratios leave 1 as soon as the weights have moved.
     assert parts["approx_kl"] > 1e-5
+
+
+def test_acting_uses_one_thread_and_gives_the_others_back():
+    """train.py, Models.acting: also where the playing is broken off."""
+    models = tiny_models()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(KeyError), models.acting():
+            assert torch.get_num_threads() == 1
+            raise KeyError
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_no_update_waits_for_the_device():
@@ -2694,7 +2707,7 @@ class Straightforward:
     def draw(distribution):
         return distribution.sample()
 
-    def autocast(self):
+    def acting(self):
         return contextlib.nullcontext()
 
     def observations(self, buffer, rows):

@@ -288,6 +288,20 @@ class Models:
             return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=cache)
         return contextlib.nullcontext()
 
+    @contextlib.contextmanager
+    def acting(self):
+        """Whoever acts often does so inside: it casts the weights once for all, which else costs a
+        single observation as much as its arithmetic, and keeps the CPU to one thread. A few
+        observations are too little work to share: two threads mostly wait for each other.
+        """
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            with self.autocast():
+                yield
+        finally:
+            torch.set_num_threads(threads)
+
     def to_device(self, array):
         """numpy -> device.
         Frames travel as bytes and become floats there; pinned memory needs no waiting.
@@ -387,9 +401,7 @@ class Models:
     @torch.no_grad()
     def act(self, observations, temperature, state=None):
         """Observations uint8 numpy [B, 4, 96, 96] -> (actions numpy int64 [B], state),
-        sampled (Eq. 2: z, then a; with policy_memory Eq. 5). Whoever acts often does so inside one
-        `autocast()`: it casts the weights once for all, which else costs a single observation as
-        much as its arithmetic.
+        sampled (Eq. 2: z, then a; with policy_memory Eq. 5). Best inside `acting()`.
 
         state: of the dynamics after the step before, as it was returned; None at the first step of
         an episode, and always without policy_memory.
@@ -1014,8 +1026,8 @@ def real_steps(models, game, seeds, temperature):
 def play_episodes(models, game, seeds, temperature, stopped=lambda: False, label="playing"):
     """Scores of whole real episodes, one for each seed, as a list; None if stopped."""
     scores = np.zeros(len(seeds))
-    with models.autocast(), tqdm(desc=label, unit=" steps", disable=not sys.stderr.isatty(),
-                                 leave=False) as bar:
+    with models.acting(), tqdm(desc=label, unit=" steps", disable=not sys.stderr.isatty(),
+                               leave=False) as bar:
         for rows in real_steps(models, game, seeds, temperature):
             if stopped():
                 return None
@@ -1229,7 +1241,7 @@ def stage_jobs(config, models, buffer):
         models.world_model_update(*windows, c.dynamics_lr, c.context, vqvae_rows)
 
     def act(environments, steps):
-        with models.autocast():
+        with models.acting():
             for _ in range(steps):
                 models.act(buffer.stacked(np.arange(environments)), 1.0)
 
@@ -1371,7 +1383,7 @@ def train(run):
     """Section 3.4, "Iterative Training". Each stage ends by naming the next one."""
     while run.iteration < run.config.iterations:
         if run.stage == "collect":
-            with run.models.autocast():
+            with run.models.acting():
                 collect(run)                        # 12,800 steps at first, then 6,400 a round
         if run.stage == "warm_up":
             warm_up(run)                            # round 1 only: the VQ-VAE alone
