@@ -744,11 +744,16 @@ def save_pictures(path, steps):
     """
     from PIL import Image
     data = io.BytesIO()
+    shown = np.unique(np.linspace(0, len(steps) - 1, 8).round().astype(int))
     if pathlib.Path(path).suffix.lower() == ".gif":
-        pages = [picture(panels, caption, side=240) for panels, caption in steps]
+        pages = [picture(panels, caption, side=192) for panels, caption in steps]
+        # One palette for all, taken from some: without, each page has its own, the colours flicker
+        # and the file is twice as large.
+        some = np.hstack([np.asarray(pages[i]) for i in shown])
+        palette = Image.fromarray(some).quantize(96)
+        pages = [page.quantize(palette=palette, dither=Image.Dither.NONE) for page in pages]
         pages[0].save(data, "GIF", save_all=True, append_images=pages[1:], duration=100, loop=0)
     else:
-        shown = np.unique(np.linspace(0, len(steps) - 1, 8).round().astype(int))
         pages = [picture(*steps[i], side=192, upright=True) for i in shown]
         strip = Image.new("RGB", (sum(page.width for page in pages), pages[0].height), "white")
         for i, page in enumerate(pages):
