@@ -1514,7 +1514,7 @@ def test_with_bfloat16_each_gradient_step_sees_the_one_before():
     assert parts["approx_kl"] > 1e-5
 
 
-def test_acting_uses_one_thread_and_gives_the_others_back():
+def test_acting_below_the_papers_width_uses_one_thread_and_gives_the_others_back():
     """train.py, Models.acting: also where the playing is broken off."""
     models = tiny_models()
     torch.set_num_threads(2)

@@ -291,11 +291,12 @@ class Models:
     @contextlib.contextmanager
     def acting(self):
         """Whoever acts often does so inside: it casts the weights once for all, which else costs a
-        single observation as much as its arithmetic, and keeps the CPU to one thread. A few
-        observations are too little work to share: two threads mostly wait for each other.
+        single observation as much as its arithmetic, and below the paper's width keeps the CPU to
+        one thread: too little work to share, two would mostly wait for each other.
         """
         threads = torch.get_num_threads()
-        torch.set_num_threads(1)
+        if self.config.vqvae_width < 1:
+            torch.set_num_threads(1)
         try:
             with self.autocast():
                 yield
