@@ -698,8 +698,11 @@ def show_sweep(args):
 # --------------------------------------------------------------------------------------------------
 
 
-def panel(image, side):
-    """One square of a picture, as a PIL image of side x side pixels.
+SIDE = 192                                      # pixels of a panel: each of the game's twice
+
+
+def panel(image):
+    """One square of a picture, as a PIL image of SIDE x SIDE pixels.
 
     image  float [96, 96] in [0, 1]: a frame; or int [6, 6]: codes, as colours with their numbers
     """
@@ -707,11 +710,11 @@ def panel(image, side):
     from PIL import Image, ImageDraw, ImageFont
     if image.dtype.kind == "f":
         pixels = np.rint(255 * np.clip(image, 0, 1)).astype(np.uint8)
-        return Image.fromarray(pixels).convert("RGB").resize((side, side), Image.Resampling.NEAREST)
+        return Image.fromarray(pixels).convert("RGB").resize((SIDE, SIDE), Image.Resampling.NEAREST)
     colours = matplotlib.colormaps["nipy_spectral"](image / 127)[..., :3]            # [6, 6, 3]
     picture = Image.fromarray(np.rint(255 * colours).astype(np.uint8))
-    picture = picture.resize((side, side), Image.Resampling.NEAREST)
-    draw, cell = ImageDraw.Draw(picture), side / len(image)
+    picture = picture.resize((SIDE, SIDE), Image.Resampling.NEAREST)
+    draw, cell = ImageDraw.Draw(picture), SIDE / len(image)
     font = ImageFont.load_default(cell / 3)
     for (i, j), code in np.ndenumerate(image):
         bright = colours[i, j] @ (0.3, 0.6, 0.1) > 0.5
@@ -720,20 +723,20 @@ def panel(image, side):
     return picture
 
 
-def picture(panels, caption, side, upright=False):
+def picture(panels, caption, upright=False):
     """Panels [(title, image), ...] side by side (upright: one over the other) and a caption below
     -> PIL image. Sizes are even and the same for every step.
     """
     from PIL import Image, ImageDraw, ImageFont
     bar, gap, n = 20, 6, len(panels)
     across, down = (1, n) if upright else (n, 1)
-    page = Image.new("RGB", (across * (side + gap) + gap, down * (side + bar) + bar + gap), "white")
+    page = Image.new("RGB", (across * (SIDE + gap) + gap, down * (SIDE + bar) + bar + gap), "white")
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(12)
     for i, (title, image) in enumerate(panels):
-        x = gap + (0 if upright else i * (side + gap))
-        y = i * (side + bar) if upright else 0
+        x = gap + (0 if upright else i * (SIDE + gap))
+        y = i * (SIDE + bar) if upright else 0
         draw.text((x, y + bar - 4), title, anchor="ls", font=font, fill="black")
-        page.paste(panel(image, side), (x, y + bar))
+        page.paste(panel(image), (x, y + bar))
     draw.text((gap, page.height - 7), caption, anchor="ls", font=font, fill="black")
     return page
 
@@ -746,7 +749,7 @@ def save_pictures(path, steps):
     data = io.BytesIO()
     shown = np.unique(np.linspace(0, len(steps) - 1, 8).round().astype(int))
     if pathlib.Path(path).suffix.lower() == ".gif":
-        pages = [picture(panels, caption, side=192) for panels, caption in steps]
+        pages = [picture(panels, caption) for panels, caption in steps]
         # One palette for all, taken from some: without, each page has its own, the colours flicker
         # and the file is twice as large.
         some = np.hstack([np.asarray(pages[i]) for i in shown])
@@ -754,7 +757,7 @@ def save_pictures(path, steps):
         pages = [page.quantize(palette=palette, dither=Image.Dither.NONE) for page in pages]
         pages[0].save(data, "GIF", save_all=True, append_images=pages[1:], duration=100, loop=0)
     else:
-        pages = [picture(*steps[i], side=192, upright=True) for i in shown]
+        pages = [picture(*steps[i], upright=True) for i in shown]
         strip = Image.new("RGB", (sum(page.width for page in pages), pages[0].height), "white")
         for i, page in enumerate(pages):
             strip.paste(page, (i * page.width, 0))
@@ -1028,7 +1031,7 @@ def main(arguments=None):
     parser.add_argument("--json", action="store_true",
                         help="print a list of JSON objects instead of text")
     args = parser.parse_args(arguments)
-    # What lies beside the runs, as in results/*, is none.
+    # Files that lie beside the runs, as in results/*, are none.
     args.runs = [run for run in args.runs if not pathlib.Path(run).is_file()]
     try:
         if args.episodes is not None and args.episodes < 1 or args.parallel < 1 or not (
