@@ -1523,6 +1523,9 @@ def test_acting_below_the_papers_width_uses_one_thread_and_gives_the_others_back
             assert torch.get_num_threads() == 1
             raise KeyError
         assert torch.get_num_threads() == 2
+        models.config = dataclasses.replace(models.config, vqvae_width=1.0)
+        with models.acting():
+            assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)
 
