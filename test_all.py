@@ -213,7 +213,7 @@ def test_adding_one_by_one_or_all_at_once_is_the_same():
 
 
 def test_windows_are_consecutive_apart_and_cut_elsewhere_each_time():
-    """facts.md 3: one epoch is one pass over non-overlapping windows of 11 at a random offset."""
+    """Released code: one epoch is one pass over non-overlapping windows of 11 at a random offset."""
     rng, offsets = np.random.default_rng(0), set()
     buffer = filled_buffer(rng)[0]
     for _ in range(200):
@@ -408,7 +408,7 @@ def test_codes_of_an_observation_do_not_depend_on_its_company():
 
 
 def test_decoding_shows_the_mean_and_logits_end_at_the_clamp():
-    """facts.md 7: the density is unbounded at exact black, so the logits must not be."""
+    """The density is unbounded at exact black, so the logits must not be."""
     vqvae, _ = small_vqvae(max_logit=7.5)
     codes = torch.randint(128, (2, 6, 6))
     embedded = vqvae.embed(codes)
@@ -479,7 +479,7 @@ def test_foreground_and_newest_frame_weigh_more_at_the_same_mean():
 
 
 def test_foreground_error_is_one_for_the_background_and_zero_for_perfect():
-    """facts.md 7: the figure that sees whether the ball is there."""
+    """The figure that sees whether the ball is there."""
     torch.manual_seed(0)
     background = torch.rand(1, 1, 8, 8).expand(9, -1, -1, -1)
     images = background.clone()
@@ -664,7 +664,7 @@ def predictions(dynamics, embed, batch, context=6):
 
 
 def test_state_is_zeroed_at_an_episode_end():
-    """facts.md 3: what was before an end has no influence on predictions after it."""
+    """What was before an end has no influence on predictions after it."""
     dynamics, embed, batch = small_world()
     batch[3][0, 1] = True                      # sequence 0: an end after row 1; the others: none
     changed = [v.clone() for v in batch]
@@ -676,7 +676,7 @@ def test_state_is_zeroed_at_an_episode_end():
 
 
 def test_after_the_context_the_model_reads_its_own_samples():
-    """facts.md 3: 4 true inputs, then sampled predictions, and the truth again after an end."""
+    """Released code: 4 true inputs, then sampled predictions, and the truth again after an end."""
     dynamics, embed, batch = small_world(L=9)
     codes, _, _, ends = batch
     ends[1, 5] = True
@@ -975,7 +975,7 @@ def test_ppo_update_solves_a_contextual_bandit():
 
 
 def test_ppo_update_visits_every_sample_and_limits_the_gradient():
-    """facts.md 3: 4 epochs in random minibatches, gradient norm at most 0.5."""
+    """Released code: 4 epochs in random minibatches, gradient norm at most 0.5."""
     torch.manual_seed(0)
     policy = ActorCritic(M, code_dim=D, width=0.1)
     observations = torch.arange(30.).view(5, 6, 1, 1, 1).expand(-1, -1, D, 6, 6)
@@ -1169,7 +1169,7 @@ def tiny_windows(device="cpu", B=2, L=6):
 
 
 def test_the_paper_preset_is_the_paper():
-    """Section 3.4, facts.md 3: 102,400 interactions, 241,000 world-model updates, 19,000 of PPO."""
+    """Section 3.4, released code: 102,400 interactions, 241,000 world-model updates, 19,000 of PPO."""
     config = train.settings_from({"preset": "paper", "device": "cpu"})
     rounds = [train.work(config, i) for i in range(config.iterations)]
     assert [r["collect"] for r in rounds] == [12_800] + [6_400] * 14
@@ -1210,7 +1210,7 @@ def test_the_estimate_knows_that_later_rounds_cost_something_else():
 
 
 def test_an_epoch_covers_every_window_once():
-    """facts.md 3, epochs; with reward_windows, rare rewards are met more often, with recent_windows
+    """Released epochs; with reward_windows, rare rewards are met more often, with recent_windows
     the newest experience (ours).
     """
     buffer = filled_buffer(np.random.default_rng(0), n=230)[0]
@@ -1336,6 +1336,8 @@ def test_flags_reach_the_dream():
     assert (config.temperature, config.dream_steps, config.gamma) == (50, 7, 0.5)
     with pytest.raises(train.UserError, match="--temperature must be more than 0"):
         train.check(dataclasses.replace(config, temperature=0.0))
+    with pytest.raises(train.UserError, match="--recent_windows must be from 0 to 1, not 2"):
+        train.check(dataclasses.replace(config, recent_windows=2.0))
 
     def dreamed(temperature):
         models, seen = certain_models(temperature=temperature), []

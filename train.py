@@ -185,6 +185,10 @@ def check(config):
                  "eval_temperature", "temperature", "scale", "checkpoint_minutes", "max_logit"):
         if getattr(config, name) <= 0:
             raise UserError(f"--{name} must be more than 0")
+    for name in ("vqvae_share", "teacher", "reward_windows", "recent_windows", "reward_starts",
+                 "gamma", "lam"):
+        if getattr(config, name) > 1:
+            raise UserError(f"--{name} must be from 0 to 1, not {getattr(config, name)}")
     if config.window < 2 or config.context < 1 or config.minibatch < 2:
         raise UserError("--window must be 2 or more, --context 1 or more, --minibatch 2 or more")
     for name in ("world_model_epochs", "ppo_updates"):
