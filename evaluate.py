@@ -941,6 +941,7 @@ def show_play(args):
     for name in [name for name in matplotlib.rcParams if name.startswith("keymap.")]:
         matplotlib.rcParams[name] = []                  # f would mean full screen, r home, ..
     models, config, _ = load_models(args.runs[0], args.device)
+    print("playing a real episode: dreams begin at its moments", flush=True)
     player = Player(models, moments(models, config.game, args.seed),
                     AtariEnv(config.game).action_meanings, figure, args.temperature, args.seed)
     timer = figure.canvas.new_timer(interval=1000 // 15)
