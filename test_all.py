@@ -213,7 +213,7 @@ def test_adding_one_by_one_or_all_at_once_is_the_same():
 
 
 def test_windows_are_consecutive_apart_and_cut_elsewhere_each_time():
-    """Released code: one epoch is one pass over non-overlapping windows of 11 at a random offset."""
+    """Released code: one epoch is one pass over disjoint windows of 11 at a random offset."""
     rng, offsets = np.random.default_rng(0), set()
     buffer = filled_buffer(rng)[0]
     for _ in range(200):
@@ -1169,7 +1169,7 @@ def tiny_windows(device="cpu", B=2, L=6):
 
 
 def test_the_paper_preset_is_the_paper():
-    """Section 3.4, released code: 102,400 interactions, 241,000 world-model updates, 19,000 of PPO."""
+    """102,400 interactions (3.4), 241,000 world-model updates, 19,000 of PPO (released code)."""
     config = train.settings_from({"preset": "paper", "device": "cpu"})
     rounds = [train.work(config, i) for i in range(config.iterations)]
     assert [r["collect"] for r in rounds] == [12_800] + [6_400] * 14
