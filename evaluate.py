@@ -442,9 +442,8 @@ def plot(groups, path):
                        label=f"paper, published final mean {paper[0]:g}")
             ax.axhline(simple[0], color="k", linestyle=(0, (1, 2)), linewidth=1.6,
                        label=f"SimPLe, published final mean {simple[0]:g}")
-            if any(group[0]["preset"] == "ppo" for group in mine):
-                ax.axhline(free[0], color="k", linestyle=(0, (5, 2, 1, 2)), linewidth=0.8,
-                           label=f"PPO 100K, published final mean {free[0]:g}")
+            ax.axhline(free[0], color="k", linestyle=(0, (5, 2, 1, 2)), linewidth=0.8,
+                       label=f"PPO 100K, published final mean {free[0]:g}")
         ax.set_title(game)
         ax.set_xlabel("real interactions (x4 = frames)")
         ax.set_ylabel("score of an episode")

@@ -1919,7 +1919,7 @@ def test_plot_draws_figure_4(tmp_path, capsys, monkeypatch):
     # In black and white: no two lines of a panel look the same.
     looks = [(line.get_linestyle(), line.get_linewidth(), line.get_marker(),
               str(line._dash_pattern)) for line in freeway.lines]
-    assert len(set(looks)) == len(looks) == 5
+    assert len(set(looks)) == len(looks) == 6
     monkeypatch.undo()
     assert_main_refuses("must end in .png", evaluate.main, runs[0], "--plot", tmp_path / "a.txt")
     nowhere = tmp_path / "nowhere" / "b.png"
