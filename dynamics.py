@@ -155,7 +155,7 @@ class Dynamics(nn.Module):
         return self.end_head(y).float()[:, 0] - math.log(END_WEIGHT)
 
     def loss(self, codes, actions, rewards, ends, embed, context=4, reward_weight=1e-6,
-             terminated=None):
+             terminated=None, window_weight=None):
         """Maximum likelihood of Eq. 6 and 7 over windows of L observations
         -> (scalar, dict of parts).
 
@@ -170,6 +170,9 @@ class Dynamics(nn.Module):
                  trunk (Section 3.4), and raises the head's learning rate
         terminated bool [B, L], what the third head is to predict, if there is one: the game was
                  over after a_t (not: recording was cut there); None: the same as ends
+        window_weight float [B], how much each window counts in the losses of the heads for rewards
+                 and ends (None: all alike). Who draws windows with rewards more often than they
+                 are must weigh them less, or the dream will pay more than the game
 
         Parts, detached: code_loss (nats per code), reward_loss (nats per step),
         code_accuracy (share of codes whose most likely value is right),
@@ -204,7 +207,11 @@ class Dynamics(nn.Module):
         count = inside.sum().clamp(min=1)
         code_loss = F.cross_entropy(code_logits, targets, reduction="none").mean((2, 3))
         code_loss = (code_loss * inside).sum() / count
-        reward_loss = F.cross_entropy(reward_logits, reward_targets)
+        weight = torch.ones_like(inside[:, :1])                                  # [B, 1]
+        if window_weight is not None:
+            weight = (window_weight / window_weight.mean())[:, None]
+        reward_loss = F.cross_entropy(reward_logits, reward_targets, reduction="none")
+        reward_loss = (weight * reward_loss).mean()
 
         with torch.no_grad():
             code_right = (code_logits.argmax(1) == targets).float().mean((2, 3))
@@ -219,7 +226,7 @@ class Dynamics(nn.Module):
             over = (ends if terminated is None else terminated)[:, :L - 1].float()   # [B, L-1]
             logits = self.end_head(ys).float().view(B, L - 1)    # overrated: see end_logits
             end_loss = F.binary_cross_entropy_with_logits(
-                logits, over, weight=1 + (END_WEIGHT - 1) * over)
+                logits, over, weight=weight * (1 + (END_WEIGHT - 1) * over))
             heads_loss = heads_loss + end_loss
             said = (logits > math.log(END_WEIGHT)).float()
             parts |= {"end_loss": end_loss, "end_true": over.mean(), "end_predicted": said.mean(),

@@ -627,6 +627,11 @@ def test_dynamics_loss_against_plain_loops():
     assert parts["code_accuracy"].item() == pytest.approx(np.mean(code_right), rel=1e-5)
     for k, name in enumerate(("minus", "zero", "plus")):
         assert parts[f"reward_accuracy_{name}"].item() == pytest.approx(np.mean(reward_right[k]))
+    _, weighed = dynamics.loss(codes, actions, rewards, ends, embed, context=6,
+                               window_weight=torch.tensor([1.0, 0.0, 3.0]))
+    expected = (np.mean(reward_losses[:5]) + 3 * np.mean(reward_losses[10:])) / 4
+    assert weighed["reward_loss"].item() == pytest.approx(expected, rel=1e-5)
+    assert weighed["code_loss"] == parts["code_loss"]
     _, parts = dynamics.loss(codes, actions, rewards.clamp(min=0), ends, embed)
     assert parts["reward_accuracy_minus"].isnan()                    # there was none: not 0, not 1
 
@@ -803,6 +808,10 @@ def test_the_third_head_against_plain_loops():
     assert parts["end_true"].item() == pytest.approx(2 / 15)
     assert parts["end_predicted"].item() == pytest.approx(np.mean(said))
     assert parts["end_right"].item() == pytest.approx(np.mean(np.array(said) & truth))
+    _, counted = dynamics.loss(codes, actions, rewards, ends, embed, context=6,
+                               terminated=terminated, window_weight=torch.tensor([1.0, 0.0, 3.0]))
+    expected = (np.mean(losses[:5]) + 3 * np.mean(losses[10:])) / 4  # the second not at all
+    assert counted["end_loss"].item() == pytest.approx(expected, rel=1e-4)
     _, same = dynamics.loss(codes, actions, rewards, ends, embed, context=6)
     assert same["end_true"].item() == pytest.approx(3 / 15)          # not told better: every end
 
@@ -1210,26 +1219,91 @@ def test_the_estimate_knows_that_later_rounds_cost_something_else():
 
 
 def test_an_epoch_covers_every_window_once():
-    """Released epochs; with reward_windows, rare rewards are met more often, with recent_windows
-    the newest experience (ours).
+    """Released epochs; with reward_windows, rare rewards are met more often, though they count
+    no more, with recent_windows the newest experience (ours).
     """
     buffer = filled_buffer(np.random.default_rng(0), n=230)[0]
     buffer.rewards[:] = 0
     config = train.Config(dynamics_batch=4, reward_windows=0.0)      # 20 windows at any offset
-    order = train.epoch_of_windows(buffer, config, 5, np.random.default_rng(1))
-    assert order.shape == (5, 4, 11)
+    order, weights = train.epoch_of_windows(buffer, config, 5, np.random.default_rng(1))
+    assert order.shape == (5, 4, 11) and weights.shape == (5, 4) and (weights == 1).all()
     rows = np.sort(order.flatten())
     assert np.array_equal(rows, rows[0] + np.arange(220)) and 0 <= rows[0] <= 10
     starts = order[..., 0].flatten()
     assert not np.array_equal(starts, np.sort(starts))               # in random order
     buffer.rewards[[100, 101]] = 5
     config = dataclasses.replace(config, reward_windows=0.5)
-    order = train.epoch_of_windows(buffer, config, 5, np.random.default_rng(1))
-    assert (buffer.rewards[order[:, :2, :-1]] != 0).any(2).all()     # half of each batch
+    order, weights = train.epoch_of_windows(buffer, config, 5, np.random.default_rng(1))
+    paid = (buffer.rewards[order[..., :-1]] != 0).any(2)
+    assert paid[:, :2].all()                                         # half of each batch,
+    assert weights[paid].sum() / weights.sum() == pytest.approx(1 / 20)  # as one window in 20 is
+    assert (weights[~paid] == 1).all()
     config = dataclasses.replace(config, recent_windows=0.5, first_interactions=60)
-    order = train.epoch_of_windows(buffer, config, 5, np.random.default_rng(1))
-    assert (buffer.rewards[order[:, :2, :-1]] != 0).any(2).all()     # half, and the other half
+    order, weights = train.epoch_of_windows(buffer, config, 5, np.random.default_rng(1))
+    paid = (buffer.rewards[order[..., :-1]] != 0).any(2)
+    assert paid[:, :2].all() and not paid[:, 2:].any()               # half, and the other half
     assert (order[:, 2:, 0] >= 170).all() and len(np.unique(order[:, 2:, 0])) > 1
+    assert weights[paid].sum() / weights.sum() == pytest.approx(1 / 40)  # none in the newest 60
+    buffer.rewards[:] = 1
+    weights = train.epoch_of_windows(buffer, config, 5, np.random.default_rng(1))[1]
+    assert (weights == 1).all()
+
+
+def test_drawing_rewards_more_often_does_not_make_them_likelier():
+    """reward_windows, `small`: what a reward head that knows nothing would learn, the weighted mean
+    over what it is shown, is how frequent rewards are, not how often it is shown them.
+    """
+    buffer = filled_buffer(np.random.default_rng(0), n=2_200)[0]
+    buffer.rewards[:] = 0
+    buffer.rewards[::200] = 1                                        # 11 rewards
+
+    def frequency(share, weighted=True):
+        rewards, config = [], train.Config(dynamics_batch=16, reward_windows=share)
+        for epoch in range(40):
+            order, weights = train.epoch_of_windows(buffer, config, 12,
+                                                    np.random.default_rng(epoch))
+            weights = weights / weights.mean() if weighted else np.ones((12, 16))
+            rewards.append((weights[..., None] * buffer.rewards[order[..., :-1]]).mean())
+        return np.mean(rewards)
+
+    assert frequency(0.5, weighted=False) > 8 * frequency(0.0)
+    assert frequency(0.5) == pytest.approx(frequency(0.0), rel=0.05)
+
+
+def test_exploring_holds_random_actions(monkeypatch):
+    """--explore: four steps each, as often as said; the policy's state follows what was done."""
+    frame, chosen = np.zeros((96, 96), np.uint8), []
+    env = types.SimpleNamespace(num_actions=5, reset=lambda seed=None: frame,
+                                step=lambda action: (frame, 0.0, False, False))
+
+    def act(observations, temperature, state, instead):
+        chosen.append(instead is None)
+        return (np.array([4]) if instead is None else instead), state
+
+    def actions(explore):
+        run = types.SimpleNamespace(
+            config=train.Config(interactions=4000, explore=explore), env=env, iteration=1,
+            buffer=ExperienceBuffer(4000), models=types.SimpleNamespace(act=act), shards=[],
+            rates={}, stop_signal=None, label=str, add_time=lambda begun: None,
+            numpy_rng=lambda: np.random.default_rng(0), finish_stage=lambda *a, **k: None)
+        train.collect(run)
+        return run.buffer.actions[:4000]
+
+    assert (actions(0.0) == 4).all() and all(chosen)
+    chosen.clear()
+    taken, own = actions(0.05), np.array(chosen)
+    assert (taken[own] == 4).all() and set(taken[~own]) == {0, 1, 2, 3, 4}
+    begins = np.flatnonzero(~own)[::4]         # blocks of four, all of one action
+    assert all((taken[t:t + 4] == taken[t]).all() and not own[t:t + 4].any() for t in begins[:-1])
+    assert len(begins) / own.sum() == pytest.approx(0.05, rel=0.2)   # of the chances it had
+
+    models, x = tiny_models(policy_memory=True), np.zeros((1, 4, 96, 96), np.uint8)
+    taken, state = models.act(x, 1.0, None, np.array([2]))
+    z = models.vqvae.embed(models.vqvae.encode(torch.from_numpy(x)))
+    with torch.no_grad():
+        expected = models.dynamics(z, torch.tensor([2]), models.dynamics.initial_state(1))[2]
+    assert taken.tolist() == [2]
+    torch.testing.assert_close(state[1][0], expected[1][0])
 
 
 def test_weight_decay_pulls_at_the_dynamics_and_not_at_its_heads():
@@ -1483,7 +1557,8 @@ def test_predicted_ends_reach_everything(monkeypatch):
     counts = iter([(1, 2, 4), (0, 3, 0), (2, 3, 6)])     # right, predicted, true, of 10 each
 
     def update(*arguments):
-        assert torch.equal(arguments[-1], terminated[:2 * 6].view(2, 6))
+        assert torch.equal(arguments[-2], terminated[:2 * 6].view(2, 6))
+        assert arguments[-1].tolist() == [1, 2]                      # the windows' weights
         return {name: torch.tensor(n / 10) for name, n in zip(
             ("end_right", "end_predicted", "end_true"), next(counts))}
 
@@ -1493,7 +1568,8 @@ def test_predicted_ends_reach_everything(monkeypatch):
                np.arange(12) == 11)
     monkeypatch.setattr(models, "world_model_update", update)
     monkeypatch.setattr(train, "world_model_picture", lambda run: 0.5)
-    monkeypatch.setattr(train, "epoch_of_windows", lambda *_: np.arange(12).reshape(1, 2, 6))
+    monkeypatch.setattr(train, "epoch_of_windows", lambda *_: (np.arange(12).reshape(1, 2, 6),
+                                                               np.array([[1.0, 2.0]])))
     for name, value in dict(
             config=models.config, models=models, buffer=buffer, iteration=0,
             updates=lambda total: [0] * 3, numpy_rng=lambda *_: np.random.default_rng(0),

@@ -77,6 +77,7 @@ class Config:
     interactions: int = setting(6_400, "steps in every later round (paper 3.4)")
     random_segment: int = setting(0, "round 1: new odds of actions every n steps, if n (ours)")
     collect_temperature: float = setting(1.5, "softmax temperature when collecting (released)")
+    explore: float = setting(0.0, "chance of a random action, held 4 steps, when collecting (ours)")
 
     # Observation model (Section 3.3, "Latent Representations")
     vqvae_width: float = setting(1.0, "channels of encoder and decoder, times (paper, Table 3)")
@@ -142,14 +143,14 @@ class Config:
 PRESETS = {
     "paper": {},
     "small": dict(
-        random_segment=128,
+        random_segment=128, explore=0.05,
         vqvae_width=0.5, warmup_epochs=7, warmup_batch=12, warmup_lr_end=1e-4, foreground=40,
         newest=4, commitment=50, revive_codes=True, vqvae_every=1, vqvae_share=0.15, vqvae_batch=16,
         hidden=32, dynamics_batch=16, dynamics_lr=3e-3, dynamics_lr_end=2e-4, teacher=0.5,
         reward_windows=0.25, recent_windows=0.5, weight_decay=0.3, world_model_epochs=(
             33, 4.62, 3.44, 2.75, 2.31, 1.94, 1.72, 1.53, 1.38, 1.25, 1.15, 1.06, 0.98, 0.92, 0.86),
         policy_width=0.25, dreams=200, dream_steps=16, bootstrap=True, reward_starts=0.25,
-        ppo_updates=(100,) * 15, policy_lr=4e-4, minibatch=800, entropy_coef=3e-3, clip=0.2,
+        ppo_updates=(100,) * 15, policy_lr=4e-4, minibatch=800, clip=0.2,
         value_clip=1e9, eval_episodes=4),
     "smoke": dict(
         iterations=2, first_interactions=400, interactions=200,
@@ -186,7 +187,7 @@ def check(config):
         if getattr(config, name) <= 0:
             raise UserError(f"--{name} must be more than 0")
     for name in ("vqvae_share", "teacher", "reward_windows", "recent_windows", "reward_starts",
-                 "gamma", "lam"):
+                 "gamma", "lam", "explore"):
         if getattr(config, name) > 1:
             raise UserError(f"--{name} must be from 0 to 1, not {getattr(config, name)}")
     if config.window < 2 or config.context < 1 or config.minibatch < 2:
@@ -360,14 +361,15 @@ class Models:
         return parts
 
     def world_model_update(self, x, actions, rewards, ends, lr, context, vqvae_rows=None,
-                           terminated=None):
+                           terminated=None, window_weight=None):
         """One gradient step of the dynamics on windows,
         and before it one of the VQ-VAE if vqvae_rows are given.
 
         x uint8 [B, L, 4, 96, 96] or, where the VQ-VAE stands still, its codes int64 [B, L, 6, 6];
         actions int64, rewards float, ends bool [B, L];
         vqvae_rows int64 [n]: which of the B * L observations the VQ-VAE learns from;
-        terminated bool [B, L]: ends of the game itself, for predict_ends (None: all ends).
+        terminated bool [B, L]: ends of the game itself, for predict_ends (None: all ends);
+        window_weight float [B]: of each window in the losses of rewards and ends (None: 1).
         """
         B, L = x.shape[:2]
         flat = x.flatten(0, 1)
@@ -380,7 +382,7 @@ class Models:
             codes = x if x.ndim == 4 else self.vqvae.encode(flat).view(B, L, 6, 6)
             loss, dynamics_parts = self.dynamics_loss(
                 codes, actions, rewards, ends, self.vqvae.embed, context, self.config.reward_weight,
-                terminated)
+                terminated, window_weight)
         self.optimizers["dynamics"].param_groups[0]["lr"] = lr
         self.step("dynamics", loss)
         return parts | dynamics_parts
@@ -404,19 +406,23 @@ class Models:
         return parts | {"dream_return": rollout["rewards"].sum(0).mean()}
 
     @torch.no_grad()
-    def act(self, observations, temperature, state=None):
+    def act(self, observations, temperature, state=None, instead=None):
         """Observations uint8 numpy [B, 4, 96, 96] -> (actions numpy int64 [B], state),
         sampled (Eq. 2: z, then a; with policy_memory Eq. 5). Best inside `acting()`.
 
         state: of the dynamics after the step before, as it was returned; None at the first step of
         an episode, and always without policy_memory.
+        instead: int64 numpy [B], actions to take instead of the policy's.
         """
         with self.autocast():
             z = self.vqvae.embed(self.vqvae.encode(self.to_device(observations)))
             memory = self.config.policy_memory
             if memory and state is None:
                 state = self.dynamics.initial_state(len(z))
-            actions = sample(self.policy(policy_input(z, state, memory))[0], temperature)
+            if instead is None:
+                actions = sample(self.policy(policy_input(z, state, memory))[0], temperature)
+            else:
+                actions = self.to_device(instead)
             if memory:
                 state = self.dynamics(z, actions, state)[2]
         return actions.cpu().numpy(), state
@@ -863,7 +869,7 @@ def collect(run):
     rng = run.numpy_rng()
     frame = run.env.reset(seed=int(rng.integers(2**31)))
     start, stack, score, returns = len(run.buffer), np.stack([frame] * 4), 0.0, []
-    state = None                                # what the policy remembers, with policy_memory
+    state, hold = None, 0                       # what the policy remembers, with policy_memory
     steps, M = work(c, run.iteration)["collect"], run.env.num_actions
     for step in tqdm(range(steps), desc=run.label(), leave=False, unit=" steps",
                      disable=not sys.stderr.isatty(), dynamic_ncols=True):
@@ -874,7 +880,13 @@ def collect(run):
                 odds = rng.dirichlet(np.full(M, 0.3))
             action = int(rng.choice(M, p=odds) if c.random_segment else rng.integers(M))
         else:
-            actions, state = run.models.act(stack[None], c.collect_temperature, state)
+            # With `explore`, now and then a random action is held for four steps: a policy that has
+            # made up its mind would never show the model what the other actions do.
+            hold = max(hold - 1, 0)
+            if c.explore and hold == 0 and rng.random() < c.explore:
+                held, hold = rng.integers(M, size=1), 4
+            actions, state = run.models.act(stack[None], c.collect_temperature, state,
+                                            held if hold else None)
             action = int(actions[0])
         next_frame, reward, terminated, truncated = run.env.step(action)
         run.buffer.add(frame, action, reward, terminated, truncated or step == steps - 1)
@@ -941,8 +953,8 @@ def learn_world_model(run):
     for update in run.updates(total):
         epoch, batch = divmod(update, per_epoch)
         if batch == 0 or order is None:
-            order = epoch_of_windows(buffer, c, per_epoch, run.numpy_rng(epoch))
-        rows = order[batch]                                              # [B, L]
+            order, weights = epoch_of_windows(buffer, c, per_epoch, run.numpy_rng(epoch))
+        rows, weight = order[batch], run.models.to_device(weights[batch])    # [B, L], [B]
         done = update / total
         lr = first_lr + (c.dynamics_lr_end - first_lr) * done
         context = c.window if done < c.teacher else c.context
@@ -954,7 +966,7 @@ def learn_world_model(run):
             vqvae_rows = run.models.to_device(chosen)
         terminated = run.models.to_device(buffer.terminated[rows]) if c.predict_ends else None
         run.add(run.models.world_model_update(*run.models.windows(buffer, rows, codes), lr, context,
-                                              vqvae_rows, terminated), update)
+                                              vqvae_rows, terminated, weight), update)
     figures = {"foreground_error": world_model_picture(run)}
     for name, of in (("end_precision", "end_predicted"), ("end_recall", "end_true")):
         if of in run.sums and run.sums[of][0] > 0:
@@ -963,25 +975,36 @@ def learn_world_model(run):
 
 
 def epoch_of_windows(buffer, config, batches, rng):
-    """One pass over all windows in random order: int64 [batches, B, L].
+    """One pass over all windows in random order -> int64 [batches, B, L],
+    weights of the windows in the losses of rewards and ends, float32 [batches, B].
 
     With reward_windows > 0, that share of each batch is replaced by windows that hold a reward,
     where there are any: three rewards among 32,000 steps are otherwise met once per pass and
-    forgotten in between. With recent_windows > 0, that share by windows of the newest
-    `first_interactions` steps: they show what the policy does now, and are the least known.
+    forgotten in between. Their weights make up for it: together they count no more than the
+    windows with rewards would have, had none been replaced. With recent_windows > 0, that share of
+    each batch is replaced by windows of the newest `first_interactions` steps: they show what the
+    policy does now, and are the least known.
     """
+    def paid(windows):
+        return (np.round(np.clip(buffer.rewards[windows[..., :-1]], -1, 1)) != 0).any(-1)
+
+    B = config.dynamics_batch
     windows = rng.permutation(buffer.windows(config.window, rng))
-    order = windows[:batches * config.dynamics_batch].reshape(batches, config.dynamics_batch,
-                                                              config.window)
-    rewarded = windows[(np.round(np.clip(buffer.rewards[windows[:, :-1]], -1, 1)) != 0).any(1)]
+    rewarded = windows[paid(windows)]
     recent = windows[windows[:, 0] >= len(buffer) - config.first_interactions]
-    first, last = (round(share * config.dynamics_batch)
-                   for share in (config.reward_windows, config.recent_windows))
-    if last and len(recent):
+    first, last = (round(share * B) for share in (config.reward_windows, config.recent_windows))
+    # The share of windows with rewards as it would be without `first`.
+    share = (1 - last / B) * paid(windows).mean() + last / B * paid(recent).mean()
+    order = windows[:batches * B].reshape(batches, B, config.window)
+    if last:
         order[:, -last:] = recent[rng.integers(len(recent), size=(batches, last))]
+    weights = np.ones((batches, B), np.float32)
     if first and len(rewarded):
         order[:, :first] = rewarded[rng.integers(len(rewarded), size=(batches, first))]
-    return order
+        now = paid(order)
+        if share < 1:
+            weights[now] = share / (1 - share) * (1 - now.mean()) / now.mean()
+    return order, weights
 
 
 def dream_starts(buffer, config, rng):
