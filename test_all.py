@@ -1502,7 +1502,7 @@ def test_memory_lasts_as_long_as_an_episode(monkeypatch):
         def __init__(self):
             self.steps = 0
 
-        def act(self, observations, temperature, state=None):
+        def act(self, observations, temperature, state=None, instead=None):
             seeds, steps = torch.from_numpy(observations[:, -1, 0].astype(np.int64)).T
             if state is None:
                 assert (steps == 0).all()
