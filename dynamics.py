@@ -207,9 +207,7 @@ class Dynamics(nn.Module):
         count = inside.sum().clamp(min=1)
         code_loss = F.cross_entropy(code_logits, targets, reduction="none").mean((2, 3))
         code_loss = (code_loss * inside).sum() / count
-        weight = torch.ones_like(inside[:, :1])                                  # [B, 1]
-        if window_weight is not None:
-            weight = (window_weight / window_weight.mean())[:, None]
+        weight = 1 if window_weight is None else (window_weight / window_weight.mean())[:, None]
         reward_loss = F.cross_entropy(reward_logits, reward_targets, reduction="none")
         reward_loss = (weight * reward_loss).mean()
 

@@ -1270,24 +1270,52 @@ def test_drawing_rewards_more_often_does_not_make_them_likelier():
     assert frequency(0.5) == pytest.approx(frequency(0.0), rel=0.05)
 
 
-def test_exploring_holds_random_actions(monkeypatch):
-    """--explore: four steps each, as often as said; the policy's state follows what was done."""
-    frame, chosen = np.zeros((96, 96), np.uint8), []
-    env = types.SimpleNamespace(num_actions=5, reset=lambda seed=None: frame,
+def test_weight_decay_pulls_at_the_dynamics_and_not_at_its_heads():
+    """Decoupled, as in AdamW: without a gradient a step multiplies by 1 - lr * weight_decay."""
+    models = tiny_models(weight_decay=0.5, dynamics_lr=0.1)
+    before = {name: p.clone() for name, p in models.dynamics.named_parameters()}
+    models.step("dynamics", sum(0 * p.sum() for p in models.dynamics.parameters()))
+    for name, p in models.dynamics.named_parameters():
+        factor = 1 if name.startswith("reward_head.") else 0.95
+        torch.testing.assert_close(p.data, factor * before[name].data)
+
+
+def collected_actions(iteration, steps, num_actions, act=None, **settings):
+    """What train.collect does in one round of a game in which nothing happens, [steps]."""
+    config = train.Config(first_interactions=steps, interactions=steps, **settings)
+    frame = np.zeros((96, 96), np.uint8)
+    env = types.SimpleNamespace(num_actions=num_actions, reset=lambda seed=None: frame,
                                 step=lambda action: (frame, 0.0, False, False))
+    run = types.SimpleNamespace(
+        config=config, env=env, buffer=ExperienceBuffer(steps), iteration=iteration, shards=[],
+        models=types.SimpleNamespace(act=act), rates={}, stop_signal=None, label=str,
+        add_time=lambda begun: None, numpy_rng=lambda: np.random.default_rng(0),
+        finish_stage=lambda *a, **k: None)
+    train.collect(run)
+    return run.buffer.actions[:steps]
+
+
+def test_random_actions_of_round_1_are_uniform_or_prefer_some_for_a_while():
+    """Section 3.4, "random policy"; with random_segment the odds are uneven and change."""
+    def shares(**settings):
+        actions = collected_actions(0, 3000, 3, **settings).reshape(30, 100, 1)
+        return (actions == np.arange(3)).mean(1)                                 # [30, 3]
+
+    uniform, uneven = shares(), shares(random_segment=100)
+    assert uniform.max() < 0.55 and np.allclose(uniform.mean(0), 1 / 3, atol=0.04)
+    assert np.median(uneven.max(1)) > 0.6 and set(uneven.argmax(1)) == {0, 1, 2}
+
+
+def test_exploring_holds_random_actions():
+    """--explore: four steps each, as often as said; the policy's state follows what was done."""
+    chosen = []
 
     def act(observations, temperature, state, instead):
         chosen.append(instead is None)
         return (np.array([4]) if instead is None else instead), state
 
     def actions(explore):
-        run = types.SimpleNamespace(
-            config=train.Config(interactions=4000, explore=explore), env=env, iteration=1,
-            buffer=ExperienceBuffer(4000), models=types.SimpleNamespace(act=act), shards=[],
-            rates={}, stop_signal=None, label=str, add_time=lambda begun: None,
-            numpy_rng=lambda: np.random.default_rng(0), finish_stage=lambda *a, **k: None)
-        train.collect(run)
-        return run.buffer.actions[:4000]
+        return collected_actions(1, 4000, 5, act, explore=explore)
 
     assert (actions(0.0) == 4).all() and all(chosen)
     chosen.clear()
@@ -1304,36 +1332,6 @@ def test_exploring_holds_random_actions(monkeypatch):
         expected = models.dynamics(z, torch.tensor([2]), models.dynamics.initial_state(1))[2]
     assert taken.tolist() == [2]
     torch.testing.assert_close(state[1][0], expected[1][0])
-
-
-def test_weight_decay_pulls_at_the_dynamics_and_not_at_its_heads():
-    """Decoupled, as in AdamW: without a gradient a step multiplies by 1 - lr * weight_decay."""
-    models = tiny_models(weight_decay=0.5, dynamics_lr=0.1)
-    before = {name: p.clone() for name, p in models.dynamics.named_parameters()}
-    models.step("dynamics", sum(0 * p.sum() for p in models.dynamics.parameters()))
-    for name, p in models.dynamics.named_parameters():
-        factor = 1 if name.startswith("reward_head.") else 0.95
-        torch.testing.assert_close(p.data, factor * before[name].data)
-
-
-def test_random_actions_of_round_1_are_uniform_or_prefer_some_for_a_while():
-    """Section 3.4, "random policy"; with random_segment the odds are uneven and change."""
-    def shares(**settings):
-        config = train.Config(first_interactions=3000, interactions=100, **settings)
-        frame = np.zeros((96, 96), np.uint8)
-        env = types.SimpleNamespace(num_actions=3, reset=lambda seed=None: frame,
-                                    step=lambda action: (frame, 0.0, False, False))
-        run = types.SimpleNamespace(
-            config=config, env=env, buffer=ExperienceBuffer(3000), iteration=0, shards=[],
-            rates={}, stop_signal=None, label=str, add_time=lambda begun: None,
-            numpy_rng=lambda: np.random.default_rng(0), finish_stage=lambda *a, **k: None)
-        train.collect(run)
-        actions = run.buffer.actions[:3000].reshape(30, 100, 1)
-        return (actions == np.arange(3)).mean(1)                                 # [30, 3]
-
-    uniform, uneven = shares(), shares(random_segment=100)
-    assert uniform.max() < 0.55 and np.allclose(uniform.mean(0), 1 / 3, atol=0.04)
-    assert np.median(uneven.max(1)) > 0.6 and set(uneven.argmax(1)) == {0, 1, 2}
 
 
 def test_dreams_start_anywhere_or_shortly_before_rewards():

@@ -414,9 +414,11 @@ class Models:
         an episode, and always without policy_memory.
         instead: int64 numpy [B], actions to take instead of the policy's.
         """
+        memory = self.config.policy_memory
+        if instead is not None and not memory:
+            return instead, state                   # nothing to see, nothing to remember
         with self.autocast():
             z = self.vqvae.embed(self.vqvae.encode(self.to_device(observations)))
-            memory = self.config.policy_memory
             if memory and state is None:
                 state = self.dynamics.initial_state(len(z))
             if instead is None:
@@ -869,7 +871,8 @@ def collect(run):
     rng = run.numpy_rng()
     frame = run.env.reset(seed=int(rng.integers(2**31)))
     start, stack, score, returns = len(run.buffer), np.stack([frame] * 4), 0.0, []
-    state, hold = None, 0                       # what the policy remembers, with policy_memory
+    state = None                                # what the policy remembers, with policy_memory
+    free = 0                                    # the step at which no action is held any longer
     steps, M = work(c, run.iteration)["collect"], run.env.num_actions
     for step in tqdm(range(steps), desc=run.label(), leave=False, unit=" steps",
                      disable=not sys.stderr.isatty(), dynamic_ncols=True):
@@ -882,11 +885,10 @@ def collect(run):
         else:
             # With `explore`, now and then a random action is held for four steps: a policy that has
             # made up its mind would never show the model what the other actions do.
-            hold = max(hold - 1, 0)
-            if c.explore and hold == 0 and rng.random() < c.explore:
-                held, hold = rng.integers(M, size=1), 4
+            if step >= free and rng.random() < c.explore:
+                held, free = rng.integers(M, size=1), step + 4
             actions, state = run.models.act(stack[None], c.collect_temperature, state,
-                                            held if hold else None)
+                                            held if step < free else None)
             action = int(actions[0])
         next_frame, reward, terminated, truncated = run.env.step(action)
         run.buffer.add(frame, action, reward, terminated, truncated or step == steps - 1)
@@ -954,7 +956,8 @@ def learn_world_model(run):
         epoch, batch = divmod(update, per_epoch)
         if batch == 0 or order is None:
             order, weights = epoch_of_windows(buffer, c, per_epoch, run.numpy_rng(epoch))
-        rows, weight = order[batch], run.models.to_device(weights[batch])    # [B, L], [B]
+            weights = run.models.to_device(weights)
+        rows = order[batch]                                              # [B, L]
         done = update / total
         lr = first_lr + (c.dynamics_lr_end - first_lr) * done
         context = c.window if done < c.teacher else c.context
@@ -966,12 +969,18 @@ def learn_world_model(run):
             vqvae_rows = run.models.to_device(chosen)
         terminated = run.models.to_device(buffer.terminated[rows]) if c.predict_ends else None
         run.add(run.models.world_model_update(*run.models.windows(buffer, rows, codes), lr, context,
-                                              vqvae_rows, terminated, weight), update)
+                                              vqvae_rows, terminated, weights[batch]),
+                update)
     figures = {"foreground_error": world_model_picture(run)}
     for name, of in (("end_precision", "end_predicted"), ("end_recall", "end_true")):
         if of in run.sums and run.sums[of][0] > 0:
             figures[name] = run.sums["end_right"][0] / run.sums[of][0]
     run.finish_stage("policy", **figures)
+
+
+def rewarded_rows(buffer):
+    """bool [N]: the steps whose reward is of class -1 or 1 for the dynamics (`reward_class`)."""
+    return np.round(np.clip(buffer.rewards[:len(buffer)], -1, 1)) != 0
 
 
 def epoch_of_windows(buffer, config, batches, rng):
@@ -985,23 +994,21 @@ def epoch_of_windows(buffer, config, batches, rng):
     each batch is replaced by windows of the newest `first_interactions` steps: they show what the
     policy does now, and are the least known.
     """
-    def paid(windows):
-        return (np.round(np.clip(buffer.rewards[windows[..., :-1]], -1, 1)) != 0).any(-1)
-
-    B = config.dynamics_batch
+    B, rewards = config.dynamics_batch, rewarded_rows(buffer)
     windows = rng.permutation(buffer.windows(config.window, rng))
-    rewarded = windows[paid(windows)]
-    recent = windows[windows[:, 0] >= len(buffer) - config.first_interactions]
+    paid = rewards[windows[:, :-1]].any(1)
+    is_recent = windows[:, 0] >= len(buffer) - config.first_interactions
+    rewarded, recent = windows[paid], windows[is_recent]
     first, last = (round(share * B) for share in (config.reward_windows, config.recent_windows))
-    # The share of windows with rewards as it would be without `first`.
-    share = (1 - last / B) * paid(windows).mean() + last / B * paid(recent).mean()
     order = windows[:batches * B].reshape(batches, B, config.window)
     if last:
         order[:, -last:] = recent[rng.integers(len(recent), size=(batches, last))]
     weights = np.ones((batches, B), np.float32)
     if first and len(rewarded):
         order[:, :first] = rewarded[rng.integers(len(rewarded), size=(batches, first))]
-        now = paid(order)
+        # The share of windows with rewards, now and as it would be without these.
+        now = rewards[order[..., :-1]].any(2)
+        share = (1 - last / B) * paid.mean() + last / B * paid[is_recent].mean()
         if share < 1:
             weights[now] = share / (1 - share) * (1 - now.mean()) / now.mean()
     return order, weights
@@ -1012,7 +1019,7 @@ def dream_starts(buffer, config, rng):
     with reward_starts > 0 that share from the last `dream_steps` before a real reward.
     """
     rows = rng.integers(len(buffer), size=config.dreams)
-    rewarded = np.flatnonzero(np.round(np.clip(buffer.rewards[:len(buffer)], -1, 1)))
+    rewarded = np.flatnonzero(rewarded_rows(buffer))
     near = round(config.reward_starts * config.dreams)
     if near and len(rewarded):
         before = rng.integers(config.dream_steps, size=near)
