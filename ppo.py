@@ -118,7 +118,7 @@ def ppo_loss(logits, values, actions, old_log_probs, advantages, returns, old_va
 
 
 def ppo_update(network, optimizer, observations, rollout, last_value, gamma=0.99, lam=0.95,
-               epochs=4, minibatch=256, max_grad_norm=0.5, **loss_settings):
+               epochs=4, minibatch=256, max_grad_norm=0.5, advantage_floor=0.0, **loss_settings):
     """All of PPO's work on one rollout -> dict of detached parts, averaged over the minibatches.
 
     network       observations [N, ...] -> (logits [N, M], values [N])
@@ -127,6 +127,9 @@ def ppo_update(network, optimizer, observations, rollout, last_value, gamma=0.99
     last_value    [B], the value after the last row
     epochs passes over the N = T * B samples in random minibatches
     (the last one of a pass takes the rest).
+
+    Advantages are divided by their standard deviation, or by `advantage_floor` where that is more:
+    where next to nothing is paid they are the critic's errors, not worth a policy's full speed.
     """
     advantages = gae(rollout["rewards"], rollout["values"], rollout["dones"], last_value,
                      gamma, lam)
@@ -138,7 +141,8 @@ def ppo_update(network, optimizer, observations, rollout, last_value, gamma=0.99
     for _ in range(epochs):
         for rows in torch.randperm(n, device=b_returns.device).split(minibatch):
             mb_advantages = b_advantages[rows]
-            mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
+            scale = mb_advantages.std().clamp(min=advantage_floor) + 1e-8
+            mb_advantages = (mb_advantages - mb_advantages.mean()) / scale
             logits, values = network(b_observations[rows])
             loss, parts = ppo_loss(logits, values, b["actions"][rows], b["log_probs"][rows],
                                    mb_advantages, b_returns[rows], b["values"][rows],

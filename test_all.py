@@ -1003,6 +1003,29 @@ def test_ppo_update_visits_every_sample_and_limits_the_gradient():
     assert steps == pytest.approx([0.5] * 16, rel=1e-3)
 
 
+def test_small_advantages_move_the_policy_less_with_a_floor():
+    """ppo_update: divided by their standard deviation as in the paper, or by the floor."""
+    torch.manual_seed(0)
+    observations = torch.randn(5, 8, D, 6, 6)
+
+    def moved(scale, **settings):
+        torch.manual_seed(1)
+        policy = ActorCritic(M, code_dim=D, width=0.1)
+        before = policy(observations.flatten(0, 1))[0]
+        rollout = rollout_of(policy, observations, lambda a: 0. * a)
+        rollout["values"] = -scale * torch.arange(40.).view(5, 8)    # each dream's advantage
+        ppo_update(policy, torch.optim.SGD(policy.parameters(), lr=1e-2), observations, rollout,
+                   torch.zeros(8), epochs=1, minibatch=40, max_grad_norm=1e9, clip=1e9,
+                   value_coef=0, entropy_coef=0, **settings)
+        return policy(observations.flatten(0, 1))[0] - before
+
+    std = torch.arange(40.).std()
+    whole = moved(1)
+    torch.testing.assert_close(moved(0.01), whole, rtol=1e-3, atol=1e-7)     # whatever their size
+    torch.testing.assert_close(moved(1, advantage_floor=std * 0.9), whole)   # above the floor
+    torch.testing.assert_close(moved(1, advantage_floor=std * 4), whole / 4, rtol=1e-2, atol=1e-6)
+
+
 def test_the_pixel_network_is_the_usual_one():
     """Mnih et al. (2015): 8x8/4, 4x4/2, 3x3/1 convolutions and 512 units; here with two heads."""
     network = ppo.PixelNet(6)
@@ -1198,7 +1221,7 @@ def test_the_paper_preset_is_the_paper():
         window=11, context=4,
         dynamics_lr=5e-4, reward_lr=1e-3, reward_weight=1e-6, dreams=16, dream_steps=50,
         ppo_epochs=4, minibatch=256, gamma=0.99, lam=0.95, clip=0.1, value_clip=0.1,
-        value_coef=0.5, entropy_coef=0.01, policy_lr=2.5e-4, max_grad_norm=0.5,
+        value_coef=0.5, entropy_coef=0.01, policy_lr=2.5e-4, max_grad_norm=0.5, advantage_floor=0,
         collect_temperature=1.5, eval_temperature=1.0, temperature=1.0, vqvae_width=1.0,
         policy_width=1.0)
     assert {name: getattr(config, name) for name in said} == said

@@ -132,6 +132,7 @@ class Config:
     value_clip: float = setting(0.1, "clip range of the value (released)")
     value_coef: float = setting(0.5, "weight of the value loss (released)")
     entropy_coef: float = setting(0.01, "weight of the entropy bonus (released)")
+    advantage_floor: float = setting(0.0, "advantages are divided by their std or by this (ours)")
     max_grad_norm: float = setting(0.5, "gradient norm is clipped to this (released)")
 
     # Evaluation: whole real episodes, never trained on
@@ -151,7 +152,7 @@ PRESETS = {
             33, 4.62, 3.44, 2.75, 2.31, 1.94, 1.72, 1.53, 1.38, 1.25, 1.15, 1.06, 0.98, 0.92, 0.86),
         policy_width=0.25, dreams=200, dream_steps=16, bootstrap=True, reward_starts=0.25,
         ppo_updates=(100,) * 15, policy_lr=4e-4, minibatch=800, clip=0.2,
-        value_clip=1e9, eval_episodes=4),
+        value_clip=1e9, advantage_floor=0.3, eval_episodes=4),
     "smoke": dict(
         iterations=2, first_interactions=400, interactions=200,
         vqvae_width=0.25, warmup_epochs=6, warmup_batch=12, warmup_lr_end=1e-4, foreground=40,
@@ -401,8 +402,9 @@ class Models:
         with self.autocast(cache=False):
             parts = ppo_update(self.policy, self.optimizers["policy"], observations, rollout,
                                rollout["last_value"], c.gamma, c.lam, c.ppo_epochs,
-                               c.minibatch, c.max_grad_norm, clip=c.clip, value_clip=c.value_clip,
-                               value_coef=c.value_coef, entropy_coef=c.entropy_coef)
+                               c.minibatch, c.max_grad_norm, c.advantage_floor, clip=c.clip,
+                               value_clip=c.value_clip, value_coef=c.value_coef,
+                               entropy_coef=c.entropy_coef)
         return parts | {"dream_return": rollout["rewards"].sum(0).mean()}
 
     @torch.no_grad()
