@@ -50,7 +50,7 @@ from convlstm import ConvLSTMCell
 from dynamics import Dynamics, DreamEnv, dream, reward_class, sample
 from ppo import ActorCritic, gae, ppo_loss, ppo_update
 from vqvae import (VQVAE, Codebook, continuous_bernoulli_mean, continuous_bernoulli_nll,
-                   foreground_error, foreground_weight)
+                   foreground_error, foreground_values, foreground_weight)
 
 HERE = pathlib.Path(__file__).resolve().parent
 torch.set_num_threads(1)                       # for networks this small, threads only wait
@@ -471,11 +471,37 @@ def test_foreground_and_newest_frame_weigh_more_at_the_same_mean():
     """vqvae.py, foreground_weight, pixel by pixel."""
     x = torch.full((2, 4, 3, 3), 100, dtype=torch.uint8)
     x[0, 2, 1, 1], x[1, 3, 0, 2], x[1, 0, 2, 2] = 111, 89, 110      # the last is too close to 100
-    weight = foreground_weight(x, torch.full((3, 3), 100, dtype=torch.uint8), 5.0, newest=3.0)
+    foreground = foreground_values(torch.full((9, 3, 3), 100, dtype=torch.uint8))
+    weight = foreground_weight(x, foreground, 5.0, newest=3.0)
     for b, c, i, j in np.ndindex(2, 4, 3, 3):
         moves = (b, c, i, j) in ((0, 2, 1, 1), (1, 3, 0, 2))
         expected = (3.0 if c == 3 else 1.0) / 1.5 * (6.0 if moves else 1.0)
         assert math.isclose(weight[b, c, i, j], expected, rel_tol=1e-6)
+
+
+def test_foreground_is_what_is_rare_where_everything_changes():
+    """vqvae.py, foreground_values, against a loop over pixels and levels."""
+    rng = np.random.default_rng(0)
+    frames = np.full((100, 12, 12), 50, np.uint8)
+    frames[rng.random(100) < 0.3] = 90                               # two mazes, one flash of
+    frames[rng.random(100) < 0.2] = 200                              # light, and a car
+    for i, (row, column) in enumerate(rng.integers(11, size=(100, 2))):
+        frames[i, row:row + 2, column:column + 2] = 150
+    foreground = foreground_values(torch.from_numpy(frames), share=0.05)
+    still = np.where(frames == 150, frames, 50)                      # the car alone
+    lone = foreground_values(torch.from_numpy(still), share=0.05)
+    counts = []                     # of each pixel in each frame: how often it is like that here
+    for i, row, column in np.ndindex(frames.shape):
+        level, here = int(frames[i, row, column]), frames[:, row, column].astype(int)
+        near, moved = (abs(here - level) <= 10).sum(), abs(level - np.median(here)) > 10
+        counts.append(near if moved else 1000)
+        assert lone[still[i, row, column], row, column] == (level == 150)        # all that moves
+    counts = np.array(counts)
+    limit = max(n for n in range(101) if (counts <= n).sum() <= 0.05 * frames.size)
+    for (i, row, column), count in zip(np.ndindex(frames.shape), counts):
+        assert foreground[frames[i, row, column], row, column] == (count <= limit)
+    found = {level: foreground[level].float().mean() for level in (150, 90, 200)}
+    assert found[150] > 0.95 and found[90] < 0.2 and found[200] < 0.2
 
 
 def test_foreground_error_is_one_for_the_background_and_zero_for_perfect():
@@ -3159,7 +3185,7 @@ def compare_sizes(config, rounds):
         batches, run = train.batches_per_epoch(config, size), types.SimpleNamespace(
             buffer=buffers[size], models=models)
         jobs[size] |= {
-            "background": (1, functools.partial(train.background, run)),
+            "foreground": (1, lambda run=run: foreground_values(train.some_frames(run))),
             "an epoch's windows": (batches, functools.partial(
                 train.epoch_of_windows, buffers[size], config, batches, np.random.default_rng(0)))}
     print("\nframes in the buffer" + "".join(f"{size:12,d}" for size in sizes) + "     ratio")

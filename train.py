@@ -41,7 +41,7 @@ from tqdm import tqdm
 from atari import AtariEnv, ExperienceBuffer
 from dynamics import Dynamics, dream, dream_step, imagine, policy_input, sample
 from ppo import ActorCritic, ppo_update
-from vqvae import VQVAE, foreground_error, foreground_weight
+from vqvae import VQVAE, foreground_error, foreground_values, foreground_weight
 
 # --------------------------------------------------------------------------------------------------
 # Settings
@@ -263,7 +263,7 @@ class Models:
         self.dynamics_loss, self.imagine = self.dynamics.loss, imagine
         if config.compile:
             self.dynamics_loss, self.imagine = one_graph(self.dynamics.loss), one_graph(imagine)
-        self.background = torch.zeros(96, 96, dtype=torch.uint8, device=self.device)
+        self.foreground = torch.zeros(256, 96, 96, dtype=torch.bool, device=self.device)
         self.vqvae.eval()                       # train() only around its own updates: batch norms
         # The reward loss is scaled down by reward_weight for the trunk's sake. Adam divides the
         # scale out again for the head, whose eps must shrink with it.
@@ -353,7 +353,7 @@ class Models:
         self.optimizers["vqvae"].param_groups[0]["lr"] = lr
         weight = None
         if foreground or self.config.newest != 1:
-            weight = foreground_weight(x, self.background, foreground, self.config.newest)
+            weight = foreground_weight(x, self.foreground, foreground, self.config.newest)
         self.vqvae.train()
         with self.autocast():
             loss, parts = self.vqvae.loss(x, revive, weight)
@@ -918,9 +918,10 @@ def warm_up(run):
     so that the dynamics has something to predict.
     """
     c, order = run.config, None
-    run.models.background = background(run)
+    frames = some_frames(run)
+    run.models.foreground = foreground_values(frames)
     if run.iteration == 0 and run.update == 0:
-        run.models.vqvae.start_at_brightness(run.models.background.float().mean() / 255)
+        run.models.vqvae.start_at_brightness(frames.median(0).values.float().mean() / 255)
     per_epoch, total = len(run.buffer) // c.warmup_batch, work(c, run.iteration)["warm_up"]
     for update in run.updates(total):
         epoch, batch = divmod(update, per_epoch)
@@ -936,10 +937,10 @@ def warm_up(run):
     run.finish_stage("world_model")
 
 
-def background(run):
-    """uint8 [96, 96]: per pixel the median over some 800 frames of all experience so far."""
+def some_frames(run):
+    """uint8 [N, 96, 96]: some 800 frames of all experience so far, evenly spread."""
     frames = run.buffer.frames[:len(run.buffer)]
-    return run.models.to_device(np.median(frames[::-(-len(frames) // 800)], 0).astype(np.uint8))
+    return run.models.to_device(frames[::-(-len(frames) // 800)])
 
 
 def learn_world_model(run):
@@ -949,7 +950,7 @@ def learn_world_model(run):
     computed once.
     """
     c, buffer, order, codes = run.config, run.buffer, None, None
-    run.models.background = background(run)
+    run.models.foreground = foreground_values(some_frames(run))
     per_epoch = batches_per_epoch(c, len(buffer))
     total = work(c, run.iteration)["world_model"]
     # The learning rate falls within each round, and starts lower from round to round.
@@ -1386,7 +1387,7 @@ def benchmark(config):
         run.shards = [{"length": len(run.buffer)}]
 
         def between_stages():
-            background(run)
+            foreground_values(some_frames(run))
             world_model_picture(run)
             progress_picture(run)
             for _ in range(4):

@@ -375,18 +375,42 @@ def to_unit(x):
     return x.float() / 255 if x.dtype == torch.uint8 else x
 
 
-def foreground_weight(x, background, weight, newest=1.0):
-    """1 + weight where a pixel differs from the background, 1 elsewhere: [B,C,H,W] for `loss`.
+def foreground_values(frames, share=0.05):
+    """Which grey levels are foreground at which pixel: bool [256, H, W].
+    frames uint8 [N,H,W]: some hundred of the game's, well spread.
+
+    Levels more than 10 away from the pixel's median. Where that is more than `share` of all pixels,
+    as in mazes that change and explosions that light up the screen, only the rarest of them: a
+    level is as rare as all those within 10 of it together, at this pixel.
+    """
+    N, H, W = frames.shape
+    pixels = torch.arange(H * W, device=frames.device)
+    counts = torch.bincount((frames.flatten(1).long() * H * W + pixels).flatten(),
+                            minlength=256 * H * W).view(256, H, W)
+    levels = torch.arange(256, device=frames.device)
+    median = frames.median(0).values.long()
+    foreground = (levels[:, None, None] - median).abs() > 10
+    total = F.pad(counts.cumsum(0), (0, 0, 0, 0, 1, 0))          # [257, H, W]: of all levels below
+    near = total[(levels + 11).clamp(max=256)] - total[(levels - 10).clamp(min=0)]
+    # How many pixels have a level this common or a rarer one: too many from `common` on.
+    pixels_by_rarity = torch.bincount(near[foreground], counts[foreground].float())
+    allowed = pixels_by_rarity.cumsum(0) <= share * frames.numel()
+    return foreground & (near < allowed.sum())
+
+
+def foreground_weight(x, foreground, weight, newest=1.0):
+    """1 + weight where a pixel is foreground, 1 elsewhere: [B,C,H,W] for `loss`.
     Pixels of the newest frame, the last of C, weigh `newest` times as much as those of the others,
     at the same mean.
 
-    x uint8 [B,C,H,W], background uint8 [H,W], e.g. the median of many frames. A ball of 3 pixels is
-    worth 13 nats of 11,000, but only once it is drawn in the right place: knowing just its cell of
-    16x16 pixels gains next to nothing, so plain likelihood hardly ever starts to learn it.
+    x uint8 [B,C,H,W], foreground bool [256,H,W] as `foreground_values` finds it. A ball of 3 pixels
+    is worth 13 nats of 11,000, but only once it is drawn in the right place: knowing just its cell
+    of 16x16 pixels gains next to nothing, so plain likelihood hardly ever starts to learn it.
     """
     frames = torch.ones(x.shape[1], 1, 1, device=x.device)
     frames[-1] = newest
-    return frames / frames.mean() * (1 + weight * ((x.float() - background.float()).abs() > 10))
+    rows, columns = (torch.arange(n, device=x.device) for n in x.shape[2:])
+    return frames / frames.mean() * (1 + weight * foreground[x.long(), rows[:, None], columns])
 
 
 def foreground_error(images, reconstructions, threshold=0.04):
@@ -456,9 +480,10 @@ def main():
         t = rows[:, None] - torch.arange(3, -1, -1)
         return frames[torch.maximum(t, starts[rows][:, None])]
 
-    background = frames[:-held_out:4].median(0).values
+    some = frames[:-held_out:4]
+    foreground = foreground_values(some)
     model = VQVAE(width=args.width, commitment=50.0)
-    model.start_at_brightness(background.float().mean() / 255)
+    model.start_at_brightness(some.median(0).values.float().mean() / 255)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     print(f"{args.game}: {args.steps} random steps, {args.seconds:.0f} s of training", flush=True)
     begun, update, shown, done = time.monotonic(), 0, 0, 0.0
@@ -467,7 +492,7 @@ def main():
         weight = 40 * 0.1 ** min(max((done - 0.5) / 0.4, 0), 1)
         optimizer.param_groups[0]["lr"] = 1e-3 + (1e-4 - 1e-3) * done
         x = stacked(torch.randint(args.steps - held_out, (12,)))
-        loss, parts = model.loss(x, revive=True, weight=foreground_weight(x, background, weight))
+        loss, parts = model.loss(x, revive=True, weight=foreground_weight(x, foreground, weight))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
