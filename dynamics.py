@@ -64,6 +64,13 @@ def forget(state, over):
     return [(h * alive, c * alive) for h, c in state]
 
 
+def begin_again(state, over, starts, rows):
+    """The cells' state with that of `starts` in rows (int64 [B]) where over, bool [B]."""
+    over = over[:, None, None, None]
+    return [tuple(torch.where(over, start[rows].to(now.dtype), now)
+                  for start, now in zip(*cell)) for cell in zip(starts, state)]
+
+
 class RewardHead(nn.Module):
     """g(y_t): 1x1 conv, layer norm, two linear layers -> scores of the rewards -1, 0, 1 (Eq. 7).
     With outputs=1 the head that predicts ends.
@@ -273,7 +280,7 @@ def imagine(dynamics, embed, policy, codes, state, temperature=1.0, memory=False
 
 @torch.no_grad()
 def dream(dynamics, embed, policy, start_codes, steps=50, temperature=1.0, bootstrap=False,
-          memory=False, step=imagine):
+          memory=False, step=imagine, start_state=None):
     """Imagined experience: the only experience the policy is ever trained on (Section 3.4).
 
     start_codes  int64 [B, 6, 6]: codes of real observations, drawn at random from all that was
@@ -287,6 +294,8 @@ def dream(dynamics, embed, policy, start_codes, steps=50, temperature=1.0, boots
                  the policy's own value of what was reached
     memory       the policy sees h_{t-1} of the second cell too (`policy_input`)
     step         `imagine`, or the same compiled
+    start_state  what the dynamics remembers of the real steps before the start, as it returned it
+                 there (None: nothing, zeros)
 
     Returns a dict of tensors with time first: codes [T, B, 6, 6], actions [T, B],
     log_probs [T, B], values [T, B], rewards float [T, B] in {-1, 0, 1},
@@ -298,17 +307,18 @@ def dream(dynamics, embed, policy, start_codes, steps=50, temperature=1.0, boots
     a random one of start_codes, so that no step is lost; the last row is then cut as by bootstrap.
     """
     B, device = len(start_codes), start_codes.device
-    codes, state, rows = start_codes, dynamics.initial_state(B), []
+    if start_state is None:
+        start_state = dynamics.initial_state(B)
+    codes, state, rows = start_codes, start_state, []
     for _ in range(steps):
         h = (state[1][0],) if memory else ()
         *row, next_codes, state = step(dynamics, embed, policy, codes, state, temperature, memory)
         rows.append((codes, *row, *h))
         codes = next_codes
         if dynamics.end_head is not None:
-            another = start_codes[torch.randint(B, (B,), device=device)]
-            over = row[-1]                                                       # bool [B]
-            codes = torch.where(over[:, None, None], another, codes)
-            state = forget(state, over)
+            another, over = torch.randint(B, (B,), device=device), row[-1]       # over: bool [B]
+            codes = torch.where(over[:, None, None], start_codes[another], codes)
+            state = begin_again(state, over, start_state, another)
     names = ("codes", "actions", "log_probs", "values", "rewards", "dones", "memory")
     batch = {name: torch.stack(column) for name, column in zip(names, zip(*rows))}
     if not bootstrap and dynamics.end_head is None:
@@ -329,6 +339,7 @@ class DreamEnv(gym.vector.VectorEnv):
     num_envs     n dreams side by side
     steps        every episode has so many steps
     temperature  of the codes, as in `dream`
+    start_state  what the dynamics remembers at each of the starts (None: nothing)
 
     Observations are embedded codes, float32 numpy [n, D, 6, 6]; actions int [n] in [0, M); rewards
     float64 [n] in {-1, 0, 1}. reset(seed=..) decides all that follows; torch's global random
@@ -349,7 +360,8 @@ class DreamEnv(gym.vector.VectorEnv):
 
     metadata = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP, "render_modes": []}
 
-    def __init__(self, dynamics, vqvae, starts, num_envs, steps=50, temperature=1.0):
+    def __init__(self, dynamics, vqvae, starts, num_envs, steps=50, temperature=1.0,
+                 start_state=None):
         starts = torch.as_tensor(starts)
         if starts.ndim != 3 or not len(starts) or starts.dtype != torch.int64:
             raise ValueError("starts must be codes, int64 [S, 6, 6], at least one")
@@ -357,6 +369,7 @@ class DreamEnv(gym.vector.VectorEnv):
             raise ValueError("num_envs, steps and temperature must be more than 0")
         self.dynamics, self.embed, self.starts = dynamics, vqvae.embed, starts
         self.num_envs, self.steps, self.temperature = num_envs, steps, temperature
+        self.start_state = start_state or dynamics.initial_state(len(starts))
         self.codes, self.generator = None, None
         self.single_observation_space = gym.spaces.Box(
             -np.inf, np.inf, tuple(self.embed(starts[:1]).shape[1:]), np.float32)
@@ -406,12 +419,10 @@ class DreamEnv(gym.vector.VectorEnv):
     def _begin(self, over):
         """Another episode from another start where over, bool [n]."""
         rows = self.np_random.integers(len(self.starts), size=self.num_envs)
-        device = self.starts.device
-        starts = self.starts[torch.from_numpy(rows).to(device)]                      # [n, 6, 6]
         self.elapsed[over] = 0
-        over = torch.from_numpy(over).to(device)
-        self.codes = torch.where(over[:, None, None], starts, self.codes)
-        self.state = forget(self.state, over)
+        rows, over = (torch.from_numpy(a).to(self.starts.device) for a in (rows, over))
+        self.codes = torch.where(over[:, None, None], self.starts[rows], self.codes)
+        self.state = begin_again(self.state, over, self.start_state, rows)
 
     def _observations(self):
         return np.ascontiguousarray(self.embed(self.codes).detach().float().cpu().numpy())

@@ -509,9 +509,12 @@ def record(models, game, seeds, temperature, most):
 
 
 def moments(models, game, seed):
-    """Codes of the first 500 moments, or fewer, of one real episode: int64 [N, 6, 6]."""
+    """The first 500 moments, or fewer, of one real episode, to begin dreams at: codes int64
+    [N, 6, 6] and what the dynamics remembers there (Models.starts).
+    """
     torch.manual_seed(seed)
-    return models.encode_all(record(models, game, [seed], 1.0, most=500)).long()
+    buffer = record(models, game, [seed], 1.0, most=500)
+    return models.starts(buffer, np.arange(len(buffer)))
 
 
 def dream_env(folder, num_envs, steps=50, temperature=1.0, seed=0, device="cpu"):
@@ -519,8 +522,8 @@ def dream_env(folder, num_envs, steps=50, temperature=1.0, seed=0, device="cpu")
     (dynamics.py), whose episodes begin at moments of a real one, played for that from `seed`.
     """
     models, config, _ = load_models(folder, device)
-    return DreamEnv(models.dynamics, models.vqvae, moments(models, config.game, seed), num_envs,
-                    steps, temperature)
+    codes, state = moments(models, config.game, seed)
+    return DreamEnv(models.dynamics, models.vqvae, codes, num_envs, steps, temperature, state)
 
 
 @torch.no_grad()
@@ -638,11 +641,11 @@ def virtual_scores(models, buffer, steps, most=256):
     """
     rows = stretches(buffer, steps, most, "of a dream")                              # [n, steps]
     paid = reward_class(torch.from_numpy(buffer.rewards[rows])) - 1
-    codes, scores = models.encode_all(buffer, rows[:, 0]).long(), {"real": paid.sum(1)}
+    (codes, state), scores = models.starts(buffer, rows[:, 0]), {"real": paid.sum(1)}
     for temperature in TEMPERATURES:
         with models.autocast():
             rollout = dream(models.dynamics, models.vqvae.embed, models.policy, codes, steps,
-                            temperature, models.config.policy_memory)
+                            temperature, memory=models.config.policy_memory, start_state=state)
         # After the first end, if the model predicts ends, it is another dream.
         before = rollout["dones"].long().cumsum(0) - rollout["dones"].long() == 0
         scores[temperature] = (rollout["rewards"] * before).sum(0).cpu()
@@ -857,8 +860,9 @@ class Player:
 
     def __init__(self, models, starts, names, figure, temperature=1.0, seed=0):
         self.models, self.names, self.figure = models, names, figure
-        self.env = DreamEnv(models.dynamics, models.vqvae, starts, 1, steps=10**9,
-                            temperature=temperature)
+        codes, state = starts
+        self.env = DreamEnv(models.dynamics, models.vqvae, codes, 1, steps=10**9,
+                            temperature=temperature, start_state=state)
         self.held, self.by_policy, self.last = set(), False, ""
         axes = figure.subplots(1, 2, gridspec_kw=dict(
             left=0.02, right=0.98, bottom=0.08, top=0.87, wspace=0.05))

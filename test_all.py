@@ -900,6 +900,42 @@ def test_a_dream_ends_where_the_model_says(monkeypatch):
     assert still["dones"].sum() == B and not still["last_value"].any()
 
 
+def test_a_dream_goes_on_from_what_is_remembered(monkeypatch):
+    """dream and DreamEnv, start_state: dreams that begin again find the memory of their start."""
+    world, T, B = CountingWorld(), 9, 12
+    starts = torch.randint(8, (B, 6, 6), generator=torch.Generator().manual_seed(0))
+    age = torch.arange(B) * 10
+    memory = age.float()[:, None, None, None].expand(-1, -1, 6, 6)
+    state, which = [(memory, memory)] * 2, {tuple(s.flatten().tolist()): 10 * i
+                                            for i, s in enumerate(starts)}
+
+    def policy(z):
+        return torch.zeros(len(z), 3), z.sum((1, 2, 3))
+
+    batch = dream(world, world.embed, policy, starts, steps=T, memory=True, start_state=state)
+    for t in range(T):
+        assert torch.equal(batch["memory"][t, :, 0, 0, 0].long(), age + t)
+    monkeypatch.setattr(world, "end_head", True, raising=False)
+    for env in (None, DreamEnv(world, world, starts, B, steps=T, start_state=state)):
+        if env is None:
+            batch = dream(world, world.embed, policy, starts, steps=T, memory=True,
+                          start_state=state)
+            memories, codes, over = batch["memory"][:, :, 0, 0, 0], batch["codes"], batch["dones"]
+        else:
+            env.reset(seed=0)
+            rows = []
+            for t in range(T):
+                rows.append((env.state[1][0][:, 0, 0, 0], env.codes,
+                             torch.from_numpy(env.step(np.arange(B) % 3)[2])))
+            memories, codes, over = (torch.stack(column) for column in zip(*rows))
+        assert over.any() and not over.all()
+        for t, b in np.ndindex(T, B):
+            if t == 0 or over[t - 1, b]:       # begun, or begun again
+                expected = which[tuple(codes[t, b].flatten().tolist())]
+            assert memories[t, b] == (expected if t == 0 or over[t - 1, b]
+                                      else memories[t - 1, b] + 1)
+
+
 # ----------------------------------------------------------------------------------------------
 # ppo.py: learning from what was dreamed
 # ----------------------------------------------------------------------------------------------
@@ -1248,8 +1284,8 @@ def test_the_paper_preset_is_the_paper():
         dynamics_lr=5e-4, reward_lr=1e-3, reward_weight=1e-6, dreams=16, dream_steps=50,
         ppo_epochs=4, minibatch=256, gamma=0.99, lam=0.95, clip=0.1, value_clip=0.1,
         value_coef=0.5, entropy_coef=0.01, policy_lr=2.5e-4, max_grad_norm=0.5, advantage_floor=0,
-        collect_temperature=1.5, eval_temperature=1.0, temperature=1.0, vqvae_width=1.0,
-        policy_width=1.0)
+        dream_context=0, collect_temperature=1.5, eval_temperature=1.0, temperature=1.0,
+        vqvae_width=1.0, policy_width=1.0)
     assert {name: getattr(config, name) for name in said} == said
     assert all(f.metadata["help"] for f in dataclasses.fields(config))
 
@@ -1419,7 +1455,7 @@ def test_the_vqvae_learns_only_in_its_own_updates():
     rows = torch.tensor([0, 3, 7, 8])
     assert moved(lambda: models.world_model_update(*windows, 1e-3, 4, rows)) == {
         "vqvae", "dynamics"}
-    assert moved(lambda: models.policy_update(windows[0][0])) == {"policy"}
+    assert moved(lambda: models.policy_update(models.vqvae.encode(windows[0][0]))) == {"policy"}
 
 
 def test_codes_computed_once_are_those_of_each_update():
@@ -1449,6 +1485,34 @@ def test_the_scaled_reward_loss_still_trains_its_head():
     torch.testing.assert_close(head - before, torch.tensor([-1e-3, -1e-3, 1e-3]), rtol=1e-2, atol=0)
 
 
+def test_a_dream_remembers_the_steps_before_it(monkeypatch):
+    """train.py, starts: the real steps of the same episode, one after the other; no others."""
+    models, buffer = certain_models(dream_context=3), ExperienceBuffer(12)
+    rng = np.random.default_rng(0)
+    buffer.add(rng.integers(256, size=(12, 96, 96), dtype=np.uint8), rng.integers(M, size=12), 0.0,
+               np.arange(12) == 4, np.arange(12) == 11)
+    rows = np.array([0, 2, 4, 5, 6, 8, 11])
+    known = models.encode_all(buffer)
+    codes, state = models.starts(buffer, rows)
+    assert torch.equal(codes, known[torch.from_numpy(rows)].long())
+    for again in zip(state, models.starts(buffer, rows, known)[1]):
+        torch.testing.assert_close(*again)     # with the codes of all experience at hand
+    for i, (row, begun) in enumerate(zip(rows, [0, 0, 0, 5, 5, 5, 5])):
+        own = models.dynamics.initial_state(1)
+        for t in range(max(row - 3, begun), row):
+            with torch.no_grad():
+                z = models.vqvae.embed(known[t:t + 1].long())
+                own = models.dynamics(z, torch.tensor([buffer.actions[t]]).long(), own)[2]
+        for mine, theirs in zip(state, own):
+            torch.testing.assert_close([part[i] for part in mine], [part[0] for part in theirs])
+    seen = []
+    monkeypatch.setattr(train, "dream", lambda *a: seen.append(a) or dream(*a))
+    models.policy_update(codes, state)
+    assert seen[0][-1] is state
+    paper = tiny_models().starts(buffer, rows)[1]                    # remembers nothing
+    assert not any(part.any() for cell in paper for part in cell)
+
+
 def test_flags_reach_the_dream():
     """--temperature flattens the codes of training dreams, and only those; hyphens are fine too."""
     given = vars(train.parse(["--temperature", "50", "--dream-steps=7", "--gamma=0.5"]))
@@ -1465,7 +1529,7 @@ def test_flags_reach_the_dream():
         embed = models.vqvae.embed
         models.vqvae.embed = lambda codes: (seen.append(codes), embed(codes))[1]
         torch.manual_seed(3)
-        models.policy_update(tiny_windows()[0][0])
+        models.policy_update(models.vqvae.encode(tiny_windows()[0][0]))
         return torch.stack(seen[:4])           # [T, B, 6, 6]
 
     cold, same, hot = dreamed(1.0), dreamed(1.0), dreamed(1e9)
@@ -1498,7 +1562,7 @@ def test_policy_memory_is_h_of_the_second_cell(monkeypatch):
     seen = []
     monkeypatch.setattr(train, "ppo_update", lambda *a, **k: seen.append(a) or {})
     monkeypatch.setattr(train, "dream", lambda *a: seen.append(dream(*a)) or seen[-1])
-    models.policy_update(tiny_windows()[0][0])
+    models.policy_update(models.vqvae.encode(tiny_windows()[0][0]))
     expected = torch.cat([torch.stack([embed(z) for z in seen[0]["codes"]]), seen[0]["memory"]], 2)
     assert torch.equal(seen[1][2], expected)
 
@@ -1597,7 +1661,7 @@ def test_predicted_ends_reach_everything(monkeypatch):
     seen = []
     monkeypatch.setattr(train, "ppo_update", lambda *a, **k: seen.append(a) or {})
     monkeypatch.setattr(train, "dream", lambda *a: seen.append(dream(*a)) or seen[-1])
-    models.policy_update(x[0])
+    models.policy_update(models.vqvae.encode(x[0]))
     assert torch.equal(seen[1][4], seen[0]["last_value"]) and seen[0]["last_value"].any()
 
     run = types.SimpleNamespace(sums={}, first_bad=torch.full((), -1))
@@ -1634,7 +1698,7 @@ def test_with_bfloat16_each_gradient_step_sees_the_one_before():
     torch.manual_seed(0)
     models = tiny_models(policy_lr=1e-2, ppo_epochs=2, dream_steps=10)
     models.use_bf16 = True                     # slow where the processor can't, but the same
-    parts = models.policy_update(tiny_windows()[0][0])
+    parts = models.policy_update(models.vqvae.encode(tiny_windows()[0][0]))
     # The probability ratios leave 1 as soon as the weights have moved.
     assert parts["approx_kl"] > 1e-5
 
@@ -1664,9 +1728,9 @@ def test_no_update_waits_for_the_device():
     for parts in (models.vqvae_update(x, 1e-3), models.vqvae_update(x, 1e-3, 40.0, True),
                   models.world_model_update(*windows, 1e-3, 4),
                   models.world_model_update(*windows, 1e-3, 4, rows),
-                  models.policy_update(x),
+                  models.policy_update(models.vqvae.encode(x)),
                   more.world_model_update(*windows, 1e-3, 4, terminated=windows[3]),
-                  more.policy_update(x)):
+                  more.policy_update(more.vqvae.encode(x))):
         assert all(v.device.type == "meta" and v.shape == () for v in parts.values())
         train.Run.add(run, parts, 0)           # the averages of the stage
     with pytest.raises(RuntimeError):          # the check itself: a copy to the host is an error
@@ -1691,8 +1755,9 @@ def test_compiled_updates_are_single_graphs_and_the_same(monkeypatch):
         models, windows = tiny_models(compile=compile, dream_steps=3), tiny_windows(L=3)
         windows[3][0, 0] = True
         results.append([models.world_model_update(*windows, 1e-3, 1) for _ in range(2)]
-                       + [models.policy_update(windows[0][0]), models.dynamics.state_dict(),
-                          models.policy.state_dict(), torch.get_rng_state()])
+                       + [models.policy_update(models.vqvae.encode(windows[0][0])),
+                          models.dynamics.state_dict(), models.policy.state_dict(),
+                          torch.get_rng_state()])
     assert len(graphs) == 2                                          # one each, used three times
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-6, equal_nan=True)
     monkeypatch.undo()
@@ -2279,7 +2344,7 @@ def test_a_person_plays_in_the_dream(monkeypatch, tmp_path):
     starts = torch.randint(128, (3, 6, 6))
     figure = matplotlib.figure.Figure()
     canvas = FigureCanvasAgg(figure)
-    player = evaluate.Player(models, starts, names, figure, seed=4)
+    player = evaluate.Player(models, (starts, None), names, figure, seed=4)
 
     def keys(kind, *pressed):
         for name in pressed:
@@ -3047,7 +3112,7 @@ def test_policy_update_is_the_straightforward_one(monkeypatch):
     """Section 3.4: the same dream, the same gradients of PPO's last minibatch."""
     models, straight, buffer = both_ways(monkeypatch, dream_steps=6, minibatch=9)
     torch.manual_seed(1)
-    parts = models.policy_update(models.observations(buffer, np.arange(5)))
+    parts = models.policy_update(*models.starts(buffer, np.arange(5)))
     torch.manual_seed(1)
     straight.policy_update(straight.observations(buffer, range(5)))
     assert parts["value_loss"] > 0 and parts["dream_return"] != 0

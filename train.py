@@ -39,7 +39,7 @@ import torch
 from tqdm import tqdm
 
 from atari import AtariEnv, ExperienceBuffer
-from dynamics import Dynamics, dream, dream_step, imagine, policy_input, sample
+from dynamics import Dynamics, dream, dream_step, forget, imagine, policy_input, sample
 from ppo import ActorCritic, ppo_update
 from vqvae import VQVAE, foreground_error, foreground_values, foreground_weight
 
@@ -116,6 +116,7 @@ class Config:
     policy_width: float = setting(1.0, "hidden units, times (paper, Table 3)")
     dreams: int = setting(16, "dreams side by side (released)")
     dream_steps: int = setting(50, "steps until every dream ends (paper 3.4)")
+    dream_context: int = setting(0, "real steps the dynamics has seen when a dream begins (ours)")
     bootstrap: bool = setting(False, "a dream's last step is not its end: add its value (ours)")
     reward_starts: float = setting(0.0, "share of dreams from shortly before a real reward (ours)")
     temperature: float = setting(1.0, "of the codes in dreams (Ha & Schmidhuber, Table 2)")
@@ -150,7 +151,8 @@ PRESETS = {
         hidden=32, dynamics_batch=16, dynamics_lr=3e-3, dynamics_lr_end=2e-4, teacher=0.5,
         reward_windows=0.25, recent_windows=0.5, weight_decay=0.3, world_model_epochs=(
             33, 4.62, 3.44, 2.75, 2.31, 1.94, 1.72, 1.53, 1.38, 1.25, 1.15, 1.06, 0.98, 0.92, 0.86),
-        policy_width=0.25, dreams=200, dream_steps=16, bootstrap=True, reward_starts=0.25,
+        policy_width=0.25, dreams=200, dream_steps=16, dream_context=3, bootstrap=True,
+        reward_starts=0.25,
         ppo_updates=(100,) * 15, policy_lr=4e-4, minibatch=800, clip=0.2,
         value_clip=1e9, advantage_floor=0.3, eval_episodes=4),
     "smoke": dict(
@@ -388,13 +390,36 @@ class Models:
         self.step("dynamics", loss)
         return parts | dynamics_parts
 
-    def policy_update(self, x):
-        """Dreams from observations uint8 [B, 4, 96, 96], then PPO on what was dreamed -> parts."""
+    @torch.no_grad()
+    def starts(self, buffer, rows, codes=None):
+        """What a dream begins with: the codes of rows, int numpy [B], and the dynamics' state after
+        the `dream_context` real steps that lead there (fewer where the episode is younger)
+        -> int64 [B, 6, 6], state.
+
+        codes: those of the whole buffer, where they are known.
+        """
+        def codes_of(rows):
+            return (self.encode_all(buffer, rows) if codes is None
+                    else codes[self.to_device(rows)]).long()
+
+        state = self.dynamics.initial_state(len(rows))
+        for back in range(self.config.dream_context, 0, -1):
+            before = np.maximum(rows - back, 0)
+            actions = self.to_device(buffer.actions[before].astype(np.int64))
+            with self.autocast():
+                _, _, state = self.dynamics(self.vqvae.embed(codes_of(before)), actions, state)
+            # What was seen of another episode is forgotten.
+            state = forget(state, self.to_device(rows - back < buffer.start[rows]))
+        return codes_of(rows), state
+
+    def policy_update(self, codes, state=None):
+        """Dreams from codes int64 [B, 6, 6], with what the dynamics remembers there
+        (None: nothing), then PPO on what was dreamed -> parts.
+        """
         c = self.config
         with self.autocast():
-            rollout = dream(self.dynamics, self.vqvae.embed, self.policy, self.vqvae.encode(x),
-                            c.dream_steps, c.temperature, c.bootstrap, c.policy_memory,
-                            self.imagine)
+            rollout = dream(self.dynamics, self.vqvae.embed, self.policy, codes, c.dream_steps,
+                            c.temperature, c.bootstrap, c.policy_memory, self.imagine, state)
             T, B = rollout["actions"].shape
             observations = self.vqvae.embed(rollout["codes"].flatten(0, 1)).unflatten(0, (T, B))
             if c.policy_memory:
@@ -559,6 +584,7 @@ class Run:
         self.iteration, self.stage, self.update = 0, "collect", 0
         self.sums, self.rows, self.times, self.shards, self.returns = {}, [], [], [], []
         self.rates = rates                      # seconds per unit of work, for the estimate
+        self.codes = None                       # of all experience: see all_codes
         self.first_bad = torch.full((), -1, device=self.device)
         self.stop_signal, self.saved_at = None, time.monotonic()
         if state:
@@ -950,6 +976,7 @@ def learn_world_model(run):
     computed once.
     """
     c, buffer, order, codes = run.config, run.buffer, None, None
+    run.codes = None                            # the VQ-VAE is about to change
     run.models.foreground = foreground_values(some_frames(run))
     per_epoch = batches_per_epoch(c, len(buffer))
     total = work(c, run.iteration)["world_model"]
@@ -965,7 +992,7 @@ def learn_world_model(run):
         lr = first_lr + (c.dynamics_lr_end - first_lr) * done
         context = c.window if done < c.teacher else c.context
         if codes is None and done >= c.vqvae_share:
-            codes = run.models.encode_all(buffer)
+            codes = all_codes(run)
         vqvae_rows = None
         if codes is None and update % c.vqvae_every == c.vqvae_every - 1:
             chosen = run.numpy_rng(epoch, batch).permutation(rows.size)[:c.vqvae_batch]
@@ -979,6 +1006,13 @@ def learn_world_model(run):
         if of in run.sums and run.sums[of][0] > 0:
             figures[name] = run.sums["end_right"][0] / run.sums[of][0]
     run.finish_stage("policy", **figures)
+
+
+def all_codes(run):
+    """uint8 [N, 6, 6] of all experience, computed once a round, when the VQ-VAE stands still."""
+    if run.codes is None:
+        run.codes = run.models.encode_all(run.buffer)
+    return run.codes
 
 
 def rewarded_rows(buffer):
@@ -1033,9 +1067,10 @@ def dream_starts(buffer, config, rng):
 def learn_policy(run):
     """PPO inside the dream, and nowhere else."""
     c = run.config
+    codes = all_codes(run) if c.dream_context else None
     for update in run.updates(work(c, run.iteration)["policy"]):
         rows = dream_starts(run.buffer, c, run.numpy_rng(update))
-        run.add(run.models.policy_update(run.models.observations(run.buffer, rows)), update)
+        run.add(run.models.policy_update(*run.models.starts(run.buffer, rows, codes)), update)
     run.finish_stage("evaluate")
 
 
@@ -1285,7 +1320,7 @@ def stage_jobs(config, models, buffer):
 
     size = c.dynamics_batch * c.window
     chosen = models.to_device(rng.permutation(size)[:c.vqvae_batch])
-    on_codes = {}
+    on_codes, codes = {}, None
     if c.vqvae_share < 1:
         codes = models.encode_all(buffer)
         on_codes = {"dynamics": (1, lambda: world_model(codes=codes)),
@@ -1296,7 +1331,8 @@ def stage_jobs(config, models, buffer):
                                                    c.foreground, c.revive_codes)),
         "world_model": (1, world_model),
         "world_model+vqvae": (1, lambda: world_model(chosen)),
-        "policy": (1, lambda: models.policy_update(observations(c.dreams))),
+        "policy": (1, lambda: models.policy_update(*models.starts(
+            buffer, rng.integers(len(buffer), size=c.dreams), codes))),
         "evaluate": (10, lambda: act(8, 10)),
     }
 
