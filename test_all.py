@@ -2606,7 +2606,7 @@ TINY = ("--game Breakout --preset smoke --iterations 2 --first_interactions 120 
         "--warmup_epochs 0.5 --warmup_batch 8 --dynamics_batch 2 --dreams 2 --dream_steps 6 "
         "--hidden 4 --vqvae_width 0.125 --policy_width 0.125 --world_model_epochs 1 "
         "--ppo_updates 2 --eval_episodes 0 --final_episodes 1 --checkpoint_minutes 0.00001 "
-        "--random_segment 16 --vqvae_share 0.7 --bootstrap --reward_starts 0.5 "
+        "--random_segment 16 --vqvae_share 0.7 --bootstrap --dream_context 2 --reward_starts 0.5 "
         "--device cpu").split()
 
 
