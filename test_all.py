@@ -16,6 +16,7 @@ import csv
 import dataclasses
 import errno
 import functools
+import inspect
 import json
 import math
 import os
@@ -2278,16 +2279,22 @@ def test_dream_and_video_pictures(tmp_path, monkeypatch, capsys):
 def test_virtual_scores_against_plain_loops(monkeypatch, capsys):
     """Ha & Schmidhuber, Table 2: what the policy is paid in the game and in dreams from there."""
     rng, steps = np.random.default_rng(1), 20
-    models, buffer = tiny_models(), ExperienceBuffer(120)
-    ends = np.zeros(120, bool)
+    models = tiny_models(policy_memory=True, dream_context=2)
+    buffer, ends = ExperienceBuffer(120), np.zeros(120, bool)
     ends[[5, 40, 119]] = True                  # episodes of 6, 35 and 79 steps
     buffer.add(rng.integers(0, 256, (120, 96, 96), np.uint8), rng.integers(M, size=120),
                rng.choice([-3., 0, 1, 7], 120), ends, np.zeros(120, bool))
     starts = [s for s in range(101) if not ends[s:s + steps - 1].any()]
     assert len(starts) == 16 + 60
 
-    def made_up(dynamics, embed, policy, codes, length, temperature, memory):
-        assert torch.equal(codes, models.encode_all(buffer).long()[starts])
+    def made_up(*given, **named):              # `dream` itself says which argument is which
+        given = inspect.signature(dream).bind(*given, **named)
+        given.apply_defaults()
+        length, temperature, cut, memory, state = (given.arguments[name] for name in (
+            "steps", "temperature", "bootstrap", "memory", "start_state"))
+        codes, remembered = models.starts(buffer, np.array(starts))
+        assert torch.equal(given.arguments["start_codes"], codes) and memory and not cut
+        torch.testing.assert_close(state, remembered)
         dones = torch.zeros(length, 76, dtype=torch.bool)
         dones[[3, 7], 9] = True                # a predicted end: what comes then is another dream
         return {"rewards": temperature * torch.arange(76.).expand(length, 76), "dones": dones}
