@@ -154,7 +154,7 @@ PRESETS = {
         policy_width=0.25, dreams=200, dream_steps=16, dream_context=3, bootstrap=True,
         reward_starts=0.25,
         ppo_updates=(100,) * 15, policy_lr=4e-4, minibatch=800, clip=0.2,
-        value_clip=1e9, advantage_floor=0.3, eval_episodes=4),
+        value_clip=1e9, advantage_floor=0.2, eval_episodes=4),
     "smoke": dict(
         iterations=2, first_interactions=400, interactions=200,
         vqvae_width=0.25, warmup_epochs=6, warmup_batch=12, warmup_lr_end=1e-4, foreground=40,
