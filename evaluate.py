@@ -514,7 +514,7 @@ def moments(models, game, seed):
     """
     torch.manual_seed(seed)
     buffer = record(models, game, [seed], 1.0, most=500)
-    return models.starts(buffer, np.arange(len(buffer)))
+    return models.starts(buffer, np.arange(len(buffer)), models.encode_all(buffer))
 
 
 def dream_env(folder, num_envs, steps=50, temperature=1.0, seed=0, device="cpu"):

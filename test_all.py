@@ -932,9 +932,9 @@ def test_a_dream_goes_on_from_what_is_remembered(monkeypatch):
         assert over.any() and not over.all()
         for t, b in np.ndindex(T, B):
             if t == 0 or over[t - 1, b]:       # begun, or begun again
-                expected = which[tuple(codes[t, b].flatten().tolist())]
-            assert memories[t, b] == (expected if t == 0 or over[t - 1, b]
-                                      else memories[t - 1, b] + 1)
+                assert memories[t, b] == which[tuple(codes[t, b].flatten().tolist())]
+            else:
+                assert memories[t, b] == memories[t - 1, b] + 1
 
 
 # ----------------------------------------------------------------------------------------------

@@ -152,8 +152,7 @@ PRESETS = {
         reward_windows=0.25, recent_windows=0.5, weight_decay=0.3, world_model_epochs=(
             33, 4.62, 3.44, 2.75, 2.31, 1.94, 1.72, 1.53, 1.38, 1.25, 1.15, 1.06, 0.98, 0.92, 0.86),
         policy_width=0.25, dreams=200, dream_steps=16, dream_context=3, bootstrap=True,
-        reward_starts=0.25,
-        ppo_updates=(100,) * 15, policy_lr=4e-4, minibatch=800, clip=0.2,
+        reward_starts=0.25, ppo_updates=(100,) * 15, policy_lr=4e-4, minibatch=800, clip=0.2,
         value_clip=1e9, advantage_floor=0.2, eval_episodes=4),
     "smoke": dict(
         iterations=2, first_interactions=400, interactions=200,
@@ -1067,7 +1066,7 @@ def dream_starts(buffer, config, rng):
 def learn_policy(run):
     """PPO inside the dream, and nowhere else."""
     c = run.config
-    codes = all_codes(run) if c.dream_context else None
+    codes = all_codes(run) if c.vqvae_share < 1 else None
     for update in run.updates(work(c, run.iteration)["policy"]):
         rows = dream_starts(run.buffer, c, run.numpy_rng(update))
         run.add(run.models.policy_update(*run.models.starts(run.buffer, rows, codes)), update)

@@ -392,7 +392,7 @@ def foreground_values(frames, share=0.05):
     foreground = (levels[:, None, None] - median).abs() > 10
     total = F.pad(counts.cumsum(0), (0, 0, 0, 0, 1, 0))          # [257, H, W]: of all levels below
     near = total[(levels + 11).clamp(max=256)] - total[(levels - 10).clamp(min=0)]
-    # How many pixels have a level this common or a rarer one: too many from `common` on.
+    # From the rarest on, as long as they are not too many pixels together.
     pixels_by_rarity = torch.bincount(near[foreground], counts[foreground].float())
     allowed = pixels_by_rarity.cumsum(0) <= share * frames.numel()
     return foreground & (near < allowed.sum())
