@@ -92,6 +92,11 @@ class AtariEnv:
         self.seed = seed
         self.rng = np.random.default_rng(seed)
 
+    @property
+    def lives(self):
+        """Lives left, int; 0 in games that do not count any."""
+        return self.ale.ale.lives()
+
     def resize(self, screen):
         """uint8 [210, 160] -> uint8 [96, 96]:
         the mean over each output pixel's area, two small products.
@@ -141,6 +146,7 @@ class ExperienceBuffer:
         frames[t] = o_t  --policy-->  actions[t] = a_t  --game-->  rewards[t] = r_t,
                                       terminated[t] / truncated[t]: the episode ended *after* a_t,
                                       so row t + 1 is the first frame of another episode.
+                                      lost[t]: a life was lost with a_t; the episode goes on.
 
     The observation x_t is the stack (o_{t-3}, o_{t-2}, o_{t-1}, o_t). Storing x_t would cost four
     times the memory: 102,400 frames are 944 MB, 102,400 stacks 3.8 GB.
@@ -153,6 +159,7 @@ class ExperienceBuffer:
         self.rewards = np.zeros(capacity, np.float32)             # the game's own points, unclipped
         self.terminated = np.zeros(capacity, bool)
         self.truncated = np.zeros(capacity, bool)
+        self.lost = np.zeros(capacity, bool)
         self.start = np.zeros(capacity, np.int64)                 # row of the episode's first frame
 
     def __len__(self):
@@ -163,10 +170,10 @@ class ExperienceBuffer:
         """bool [N]: row t is the last of its episode, for whichever reason."""
         return (self.terminated | self.truncated)[:self.size]
 
-    def add(self, frame, action, reward, terminated, truncated):
+    def add(self, frame, action, reward, terminated, truncated, lost=False):
         """Appends one step, or n steps at once when every argument has a leading axis n.
 
-        frame uint8 [H, W] or [n, H, W]. Raises IndexError when the capacity is exceeded.
+        frame uint8 [H, W] or [n, H, W]; lost: whether a life was. Raises IndexError when the capacity is exceeded.
         """
         frame = np.asarray(frame)
         n = 1 if frame.ndim == 2 else len(frame)
@@ -175,7 +182,7 @@ class ExperienceBuffer:
                              f"{n} more do not fit")
         new = slice(self.size, self.size + n)
         self.frames[new], self.actions[new], self.rewards[new] = frame, action, reward
-        self.terminated[new], self.truncated[new] = terminated, truncated
+        self.terminated[new], self.truncated[new], self.lost[new] = terminated, truncated, lost
 
         # A row starts an episode if the row before it ended one. The running maximum of the rows
         # that do is each row's episode start; an open episode goes on from the row before.

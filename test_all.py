@@ -16,7 +16,9 @@ import csv
 import dataclasses
 import errno
 import functools
+import hashlib
 import inspect
+import io
 import json
 import math
 import os
@@ -130,12 +132,14 @@ def test_the_protocol_of_the_atari_100k_papers():
         env.reset()
         noops.append(env.ale.ale.getEpisodeFrameNumber())
     assert min(noops) >= 1 and max(noops) <= 30 and len(set(noops)) > 10
+    assert AtariEnv("Pong", seed=0).lives == 0                       # it counts none
     env, lives = AtariEnv("Breakout", seed=0), [5]
     env.reset()
     while lives[-1] > 1:
         _, _, terminated, truncated = env.step(1)                    # serve, and look on
-        lives.append(env.ale.ale.lives())
+        lives.append(env.lives)
         assert not terminated and not truncated
+    assert sorted(set(lives), reverse=True) == [5, 4, 3, 2, 1]
     with pytest.raises(ValueError, match="'Pogn'.*Pong"):            # a typo is told its neighbours
         AtariEnv("Pogn")
 
@@ -200,14 +204,15 @@ def test_adding_one_by_one_or_all_at_once_is_the_same():
     """atari.py, ExperienceBuffer.add: with or without a leading axis."""
     rng, n = np.random.default_rng(0), 60
     columns = (rng.integers(256, size=(n, 2, 2), dtype=np.uint8), rng.integers(6, size=n),
-               rng.normal(size=n).astype(np.float32), rng.random(n) < 0.2, rng.random(n) < 0.1)
+               rng.normal(size=n).astype(np.float32), rng.random(n) < 0.2, rng.random(n) < 0.1,
+               rng.random(n) < 0.3)
     single, batched = ExperienceBuffer(n, size=2), ExperienceBuffer(n, size=2)
     for row in zip(*columns):
         single.add(*row)
     batched.add(*(c[:1] for c in columns))
     batched.add(*(c[1:] for c in columns))
     assert len(single) == len(batched) == n
-    for name, column in zip(("frames", "actions", "rewards", "terminated", "truncated"), columns):
+    for name, column in zip(train.SHARD_ARRAYS, columns):
         assert np.array_equal(getattr(single, name), column)
         assert np.array_equal(getattr(batched, name), column)
     assert np.array_equal(single.start, batched.start) and len(set(single.start)) > 5
@@ -1370,7 +1375,7 @@ def collected_actions(iteration, steps, num_actions, act=None, **settings):
     """What train.collect does in one round of a game in which nothing happens, [steps]."""
     config = train.Config(first_interactions=steps, interactions=steps, **settings)
     frame = np.zeros((96, 96), np.uint8)
-    env = types.SimpleNamespace(num_actions=num_actions, reset=lambda seed=None: frame,
+    env = types.SimpleNamespace(num_actions=num_actions, lives=0, reset=lambda seed=None: frame,
                                 step=lambda action: (frame, 0.0, False, False))
     run = types.SimpleNamespace(
         config=config, env=env, buffer=ExperienceBuffer(steps), iteration=iteration, shards=[],
@@ -1524,6 +1529,8 @@ def test_flags_reach_the_dream():
         train.check(dataclasses.replace(config, temperature=0.0))
     with pytest.raises(train.UserError, match="--recent_windows must be from 0 to 1, not 2"):
         train.check(dataclasses.replace(config, recent_windows=2.0))
+    with pytest.raises(train.UserError, match="--lives .* --predict_ends .* both or neither"):
+        train.check(train.Config(lives=True))
 
     def dreamed(temperature):
         models, seen = certain_models(temperature=temperature), []
@@ -1595,7 +1602,7 @@ def test_memory_lasts_as_long_as_an_episode(monkeypatch):
     class Env:
         """Frames show the episode's seed and step; an episode lasts seed steps."""
 
-        action_meanings, num_actions = ["NOOP"], 1
+        action_meanings, num_actions, lives = ["NOOP"], 1, 0
 
         def __init__(self, game, seed):
             self.seed = seed
@@ -1649,7 +1656,7 @@ def test_memory_lasts_as_long_as_an_episode(monkeypatch):
 
 def test_predicted_ends_reach_everything(monkeypatch):
     """--predict-ends: the head learns, PPO looks past the dream's last step, the metrics say how
-    reliable the ends are."""
+    reliable the ends are; --lives: lost lives are ends too."""
     torch.manual_seed(0)
     models = tiny_models(predict_ends=True, reward_lr=0.01, dynamics_batch=1, window=6)
     x, actions, rewards, ends = tiny_windows()
@@ -1669,15 +1676,15 @@ def test_predicted_ends_reach_everything(monkeypatch):
     counts = iter([(1, 2, 4), (0, 3, 0), (2, 3, 6)])     # right, predicted, true, of 10 each
 
     def update(*arguments):
-        assert torch.equal(arguments[-2], terminated[:2 * 6].view(2, 6))
+        assert torch.equal(arguments[-2], expected.view(2, 6))
         assert arguments[-1].tolist() == [1, 2]                      # the windows' weights
         return {name: torch.tensor(n / 10) for name, n in zip(
             ("end_right", "end_predicted", "end_true"), next(counts))}
 
     buffer = ExperienceBuffer(12)
-    terminated = torch.arange(12) % 5 == 3
+    expected = terminated = torch.arange(12) % 5 == 3
     buffer.add(np.zeros((12, 96, 96), np.uint8), np.zeros(12), np.zeros(12), terminated.numpy(),
-               np.arange(12) == 11)
+               np.arange(12) == 11, np.arange(12) == 7)
     monkeypatch.setattr(models, "world_model_update", update)
     monkeypatch.setattr(train, "world_model_picture", lambda run: 0.5)
     monkeypatch.setattr(train, "epoch_of_windows", lambda *_: (np.arange(12).reshape(1, 2, 6),
@@ -1692,6 +1699,48 @@ def test_predicted_ends_reach_everything(monkeypatch):
     assert seen[-1]["end_precision"] == pytest.approx(3 / 8)
     assert seen[-1]["end_recall"] == pytest.approx(3 / 10)
     assert {"end_loss", "end_precision", "end_recall"} <= set(train.METRICS)
+    models.config.lives, expected, counts = True, terminated.clone(), iter([(0, 1, 1)] * 3)
+    expected[7] = True
+    train.learn_world_model(run)
+
+
+def test_lost_lives_are_noted(tmp_path):
+    """--lives: row t says whether a life was lost with a_t, after a restart from disk too; a shard
+    from before lives were counted says that none was."""
+    config = train.Config(game="Breakout", first_interactions=300, random_segment=20)
+    finished = []
+    run = types.SimpleNamespace(
+        config=config, env=AtariEnv("Breakout"), buffer=ExperienceBuffer(300), iteration=0,
+        shards=[], models=None, rates={}, stop_signal=None, label=str,
+        add_time=lambda begun: None, numpy_rng=lambda: np.random.default_rng(0),
+        finish_stage=lambda stage, **figures: finished.append(stage))
+    train.collect(run)
+    replay, lives = AtariEnv("Breakout"), []
+    replay.reset(seed=int(np.random.default_rng(0).integers(2**31)))
+    for action, terminated in zip(run.buffer.actions, run.buffer.terminated):
+        before = replay.ale.ale.lives()
+        replay.step(action)
+        lives.append(before - replay.ale.ale.lives())
+        if terminated:
+            assert replay.ale.ale.game_over() and lives[-1] == 1
+            replay.reset()
+    assert finished == ["warm_up"] and sum(lives) > 5 and run.buffer.terminated.any()
+    assert np.array_equal(run.buffer.lost, np.array(lives) == 1)
+
+    def restored():
+        buffer = ExperienceBuffer(300)
+        buffer.add(*train.read_shard(tmp_path, shard))
+        return buffer
+
+    shard, = run.shards
+    (tmp_path / shard["file"]).write_bytes(shard["data"])
+    assert np.array_equal(restored().lost, run.buffer.lost)
+    data = io.BytesIO()
+    np.savez(data, **{name: getattr(run.buffer, name) for name in train.SHARD_ARRAYS[:-1]})
+    (tmp_path / shard["file"]).write_bytes(data.getvalue())
+    shard["sha256"] = hashlib.sha256(data.getvalue()).hexdigest()
+    assert np.array_equal(restored().terminated, run.buffer.terminated)
+    assert not restored().lost.any()
 
 
 def test_with_bfloat16_each_gradient_step_sees_the_one_before():
@@ -2729,7 +2778,7 @@ def test_killed_at_any_moment_and_resumed_is_bit_for_bit_the_same(tmp_path, whol
 
 def test_killed_and_resumed_with_memory_and_predicted_ends(tmp_path):
     """The same with --policy-memory, --predict-ends and a temperature."""
-    more = [*TINY, "--policy-memory", "--predict-ends", "--temperature", "1.2"]
+    more = [*TINY, "--policy-memory", "--predict-ends", "--lives", "--temperature", "1.2"]
     status, events = in_child([*more, "--out", str(tmp_path / "whole")], log=tmp_path / "log")
     assert status == 0, (tmp_path / "log").read_text()
     expected = outcome(tmp_path / "whole" / RUN)

@@ -105,6 +105,7 @@ class Config:
     window: int = setting(11, "observations per window: 10 predictions (released)")
     context: int = setting(4, "inputs that are true codes; then the model's samples (released)")
     predict_ends: bool = setting(False, "a third head ends dreams (paper 5; Ha & Schmidhuber 4.1)")
+    lives: bool = setting(False, "a lost life ends a dream too (as DQN, Mnih et al. 2015, trains)")
     teacher: float = setting(0.0, "first share of a round's updates with all inputs true (ours)")
     reward_windows: float = setting(0.0, "share of each batch from windows with a reward (ours)")
     recent_windows: float = setting(0.0, "share of it from the newest `first_interactions` (ours)")
@@ -149,6 +150,7 @@ PRESETS = {
         vqvae_width=0.5, warmup_epochs=7, warmup_batch=12, warmup_lr_end=1e-4, foreground=40,
         newest=4, commitment=50, revive_codes=True, vqvae_every=1, vqvae_share=0.15, vqvae_batch=16,
         hidden=32, dynamics_batch=16, dynamics_lr=3e-3, dynamics_lr_end=2e-4, teacher=0.5,
+        predict_ends=True, lives=True,
         reward_windows=0.25, recent_windows=0.5, weight_decay=0.3, world_model_epochs=(
             33, 4.62, 3.44, 2.75, 2.31, 1.94, 1.72, 1.53, 1.38, 1.25, 1.15, 1.06, 0.98, 0.92, 0.86),
         policy_width=0.25, dreams=200, dream_steps=16, dream_context=3, bootstrap=True,
@@ -201,6 +203,8 @@ def check(config):
     need = max(config.window * (config.dynamics_batch + 1), config.warmup_batch)
     if config.first_interactions < need:
         raise UserError(f"--first_interactions must be {need} or more for these batch sizes")
+    if config.lives and not config.predict_ends:
+        raise UserError("--lives is about what --predict_ends predicts; give both or neither")
     if config.seed >= 2**63:
         raise UserError("--seed must be less than 2**63")
     try:
@@ -370,7 +374,8 @@ class Models:
         x uint8 [B, L, 4, 96, 96] or, where the VQ-VAE stands still, its codes int64 [B, L, 6, 6];
         actions int64, rewards float, ends bool [B, L];
         vqvae_rows int64 [n]: which of the B * L observations the VQ-VAE learns from;
-        terminated bool [B, L]: ends of the game itself, for predict_ends (None: all ends);
+        terminated bool [B, L]: what predict_ends is to predict, ends of the game or of a life
+        (None: all ends);
         window_weight float [B]: of each window in the losses of rewards and ends (None: 1).
         """
         B, L = x.shape[:2]
@@ -803,7 +808,8 @@ def write_table(path, columns, rows):
     write_atomically(path, text.getvalue().encode())
 
 
-SHARD_ARRAYS = ("frames", "actions", "rewards", "terminated", "truncated")  # as add() takes them
+# As the buffer's add() takes them. Runs from before lives were counted lack the last one.
+SHARD_ARRAYS = ("frames", "actions", "rewards", "terminated", "truncated", "lost")
 
 
 def make_shard(buffer, start, number):
@@ -827,7 +833,7 @@ def read_shard(folder, shard):
     if hashlib.sha256(data).hexdigest() != shard["sha256"]:
         raise UserError(f"{path} was altered: its SHA-256 is not the one in the checkpoint")
     with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-        return [arrays[name] for name in SHARD_ARRAYS]
+        return [arrays[name] for name in SHARD_ARRAYS if name in arrays]
 
 
 # Columns of metrics.csv. Averages are over all updates of the stage.
@@ -848,8 +854,8 @@ METRICS = {
     "reward_accuracy_minus": "share of -1 rewards predicted right",
     "reward_accuracy_zero": "the same for 0", "reward_accuracy_plus": "the same for +1",
     "end_loss": "with --predict-ends: weighted cross-entropy, nats per step",
-    "end_precision": "share of predicted ends that were ends of a game",
-    "end_recall": "share of ends of a game that were predicted",
+    "end_precision": "share of predicted ends that came true",
+    "end_recall": "share of true ends that were predicted",
     "dream_return": "mean sum of rewards in a dream of `dream_steps` steps",
     "policy_loss": "PPO, clipped objective", "value_loss": "PPO, half squared error",
     "entropy": "of the policy in dreams, nats",
@@ -917,8 +923,10 @@ def collect(run):
             actions, state = run.models.act(stack[None], c.collect_temperature, state,
                                             held if step < free else None)
             action = int(actions[0])
+        lives = run.env.lives
         next_frame, reward, terminated, truncated = run.env.step(action)
-        run.buffer.add(frame, action, reward, terminated, truncated or step == steps - 1)
+        run.buffer.add(frame, action, reward, terminated, truncated or step == steps - 1,
+                       run.env.lives < lives)
         score += reward
         if terminated or truncated:
             returns.append(score)
@@ -996,9 +1004,11 @@ def learn_world_model(run):
         if codes is None and update % c.vqvae_every == c.vqvae_every - 1:
             chosen = run.numpy_rng(epoch, batch).permutation(rows.size)[:c.vqvae_batch]
             vqvae_rows = run.models.to_device(chosen)
-        terminated = run.models.to_device(buffer.terminated[rows]) if c.predict_ends else None
+        over = None
+        if c.predict_ends:
+            over = run.models.to_device(buffer.terminated[rows] | buffer.lost[rows] & c.lives)
         run.add(run.models.world_model_update(*run.models.windows(buffer, rows, codes), lr, context,
-                                              vqvae_rows, terminated, weights[batch]),
+                                              vqvae_rows, over, weights[batch]),
                 update)
     figures = {"foreground_error": world_model_picture(run)}
     for name, of in (("end_precision", "end_predicted"), ("end_recall", "end_true")):
