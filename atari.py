@@ -173,7 +173,8 @@ class ExperienceBuffer:
     def add(self, frame, action, reward, terminated, truncated, lost=False):
         """Appends one step, or n steps at once when every argument has a leading axis n.
 
-        frame uint8 [H, W] or [n, H, W]; lost: whether a life was. Raises IndexError when the capacity is exceeded.
+        frame uint8 [H, W] or [n, H, W]; lost: whether a life was.
+        Raises IndexError when the capacity is exceeded.
         """
         frame = np.asarray(frame)
         n = 1 if frame.ndim == 2 else len(frame)
