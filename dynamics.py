@@ -175,8 +175,8 @@ class Dynamics(nn.Module):
                  samples, as it will in the dream
         reward_weight  the paper scales the reward loss down so that its gradient can't disturb the
                  trunk (Section 3.4), and raises the head's learning rate
-        terminated bool [B, L], what the third head is to predict, if there is one: the game was
-                 over after a_t (not: recording was cut there); None: the same as ends
+        terminated bool [B, L], what the third head is to predict, if there is one: the game or a
+                 life was over after a_t (not: recording was cut there); None: the same as ends
         window_weight float [B], how much each window counts in the losses of the heads for rewards
                  and ends (None: all alike). Who draws windows with rewards more often than they
                  are must weigh them less, or the dream will pay more than the game

@@ -1371,19 +1371,24 @@ def test_weight_decay_pulls_at_the_dynamics_and_not_at_its_heads():
         torch.testing.assert_close(p.data, factor * before[name].data)
 
 
-def collected_actions(iteration, steps, num_actions, act=None, **settings):
-    """What train.collect does in one round of a game in which nothing happens, [steps]."""
+def collected(env, iteration, steps, act=None, **settings):
+    """A run's state after train.collect has played one round of so many steps in env."""
     config = train.Config(first_interactions=steps, interactions=steps, **settings)
-    frame = np.zeros((96, 96), np.uint8)
-    env = types.SimpleNamespace(num_actions=num_actions, lives=0, reset=lambda seed=None: frame,
-                                step=lambda action: (frame, 0.0, False, False))
     run = types.SimpleNamespace(
         config=config, env=env, buffer=ExperienceBuffer(steps), iteration=iteration, shards=[],
         models=types.SimpleNamespace(act=act), rates={}, stop_signal=None, label=str,
         add_time=lambda begun: None, numpy_rng=lambda: np.random.default_rng(0),
-        finish_stage=lambda *a, **k: None)
+        finish_stage=lambda following, **figures: setattr(run, "stage", following))
     train.collect(run)
-    return run.buffer.actions[:steps]
+    return run
+
+
+def collected_actions(iteration, steps, num_actions, act=None, **settings):
+    """What train.collect does in one round of a game in which nothing happens, [steps]."""
+    frame = np.zeros((96, 96), np.uint8)
+    env = types.SimpleNamespace(num_actions=num_actions, lives=0, reset=lambda seed=None: frame,
+                                step=lambda action: (frame, 0.0, False, False))
+    return collected(env, iteration, steps, act, **settings).buffer.actions[:steps]
 
 
 def test_random_actions_of_round_1_are_uniform_or_prefer_some_for_a_while():
@@ -1707,14 +1712,7 @@ def test_predicted_ends_reach_everything(monkeypatch):
 def test_lost_lives_are_noted(tmp_path):
     """--lives: row t says whether a life was lost with a_t, after a restart from disk too; a shard
     from before lives were counted says that none was."""
-    config = train.Config(game="Breakout", first_interactions=300, random_segment=20)
-    finished = []
-    run = types.SimpleNamespace(
-        config=config, env=AtariEnv("Breakout"), buffer=ExperienceBuffer(300), iteration=0,
-        shards=[], models=None, rates={}, stop_signal=None, label=str,
-        add_time=lambda begun: None, numpy_rng=lambda: np.random.default_rng(0),
-        finish_stage=lambda stage, **figures: finished.append(stage))
-    train.collect(run)
+    run = collected(AtariEnv("Breakout"), 0, 300, random_segment=20)
     replay, lives = AtariEnv("Breakout"), []
     replay.reset(seed=int(np.random.default_rng(0).integers(2**31)))
     for action, terminated in zip(run.buffer.actions, run.buffer.terminated):
@@ -1724,7 +1722,7 @@ def test_lost_lives_are_noted(tmp_path):
         if terminated:
             assert replay.ale.ale.game_over() and lives[-1] == 1
             replay.reset()
-    assert finished == ["warm_up"] and sum(lives) > 5 and run.buffer.terminated.any()
+    assert run.stage == "warm_up" and sum(lives) > 5 and run.buffer.terminated.any()
     assert np.array_equal(run.buffer.lost, np.array(lives) == 1)
 
     def restored():
