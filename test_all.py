@@ -1880,7 +1880,8 @@ def test_smoke_preset_leaves_what_is_promised(smoke):
     for name in ("elbo", "perplexity", "code_loss", "code_accuracy", "dream_return", "entropy",
                  "foreground_error", "real_return"):
         assert all(math.isfinite(float(r[name])) for r in rows), name
-    assert float(rows[1]["code_loss"]) < float(rows[0]["code_loss"]) < math.log(128)    # it learns
+    first, second = (float(row["code_loss"]) for row in rows)
+    assert second < min(first, math.log(128))                                    # it learns
     with open(smoke / "times.csv") as file:
         times = list(csv.DictReader(file))
     assert list(times[0]) == ["iteration", *train.STAGES, "peak_mb"]
