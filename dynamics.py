@@ -240,15 +240,21 @@ class Dynamics(nn.Module):
 
 
 @torch.no_grad()
-def dream_step(dynamics, z, action, state, temperature=1.0, generator=None):
+def dream_step(dynamics, z, action, state, temperature=1.0, generator=None, expected_rewards=False):
     """One step of imagination, the same in `dream`, in DreamEnv and wherever else one dreams.
 
     z float [B, D, 6, 6] embedded codes, action int64 [B], state as the dynamics returns it
     -> (next codes int64 [B, 6, 6], rewards float [B] in {-1, 0, 1}, ends bool [B], next state),
-    all sampled; without a head for ends none ends.
+    all sampled; without a head for ends none ends. expected_rewards: not a draw from Eq. 7 but its
+    mean, in [-1, 1]. Nothing that follows depends on the draw, so returns have the same
+    expectation, without the noise of drawing.
     """
     code_logits, reward_logits, state = dynamics(z, action, state)
-    reward = sample(reward_logits, generator=generator).float() - 1              # Eq. 7
+    if expected_rewards:
+        probability = reward_logits.softmax(1)                                   # [B, 3]
+        reward = probability[:, 2] - probability[:, 0]
+    else:
+        reward = sample(reward_logits, generator=generator).float() - 1          # Eq. 7
     codes = sample(code_logits, temperature, generator)                          # Eq. 6
     end = torch.zeros_like(reward, dtype=torch.bool)
     if dynamics.end_head is not None:
@@ -265,7 +271,8 @@ def policy_input(z, state, memory):
 
 
 @torch.no_grad()
-def imagine(dynamics, embed, policy, codes, state, temperature=1.0, memory=False):
+def imagine(dynamics, embed, policy, codes, state, temperature=1.0, memory=False,
+            expected_rewards=False):
     """One step of `dream`: the policy acts on codes int64 [B, 6, 6], the model answers
     -> action [B], its log-probability [B], value [B], reward [B], end bool [B], next codes, state.
     """
@@ -274,13 +281,14 @@ def imagine(dynamics, embed, policy, codes, state, temperature=1.0, memory=False
     action_logits = action_logits.float()
     action = sample(action_logits)                                               # Eq. 8
     log_prob = action_logits.log_softmax(1).gather(1, action[:, None])[:, 0]
-    next_codes, reward, end, state = dream_step(dynamics, z, action, state, temperature)
+    next_codes, reward, end, state = dream_step(dynamics, z, action, state, temperature,
+                                                expected_rewards=expected_rewards)
     return action, log_prob, value.float(), reward, end, next_codes, state
 
 
 @torch.no_grad()
 def dream(dynamics, embed, policy, start_codes, steps=50, temperature=1.0, bootstrap=False,
-          memory=False, step=imagine, start_state=None):
+          memory=False, step=imagine, start_state=None, expected_rewards=False):
     """Imagined experience: the only experience the policy is ever trained on (Section 3.4).
 
     start_codes  int64 [B, 6, 6]: codes of real observations, drawn at random from all that was
@@ -296,9 +304,10 @@ def dream(dynamics, embed, policy, start_codes, steps=50, temperature=1.0, boots
     step         `imagine`, or the same compiled
     start_state  what the dynamics remembers of the real steps before the start, as it returned it
                  there (None: nothing, zeros)
+    expected_rewards  see dream_step
 
     Returns a dict of tensors with time first: codes [T, B, 6, 6], actions [T, B],
-    log_probs [T, B], values [T, B], rewards float [T, B] in {-1, 0, 1},
+    log_probs [T, B], values [T, B], rewards float [T, B] in {-1, 0, 1} (or between),
     dones bool [T, B] (true in the last row only, with bootstrap nowhere); last_value [B], the value
     after the last row (without bootstrap 0); with memory also memory [T, B, C, 6, 6], the h that
     the policy saw.
@@ -312,7 +321,8 @@ def dream(dynamics, embed, policy, start_codes, steps=50, temperature=1.0, boots
     codes, state, rows = start_codes, start_state, []
     for _ in range(steps):
         h = (state[1][0],) if memory else ()
-        *row, next_codes, state = step(dynamics, embed, policy, codes, state, temperature, memory)
+        *row, next_codes, state = step(dynamics, embed, policy, codes, state, temperature, memory,
+                                       expected_rewards)
         rows.append((codes, *row, *h))
         codes = next_codes
         if dynamics.end_head is not None:

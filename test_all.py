@@ -789,6 +789,14 @@ def test_dream():
     longer = dream(dynamics, embed, policy, codes[:, 0], steps=13)
     assert not cut["dones"].any() and torch.equal(cut["codes"], batch["codes"])
     torch.testing.assert_close(cut["last_value"], longer["values"][12])
+    # Paid in expectation: the mean of Eq. 7 of the same step, by torch.distributions.
+    calls.clear()
+    handle = dynamics.register_forward_hook(lambda m, args, out: calls.append((args, out)))
+    paid = dream(dynamics, embed, policy, codes[:, 0], steps=12, expected_rewards=True)
+    handle.remove()
+    for row, (_, (_, reward_logits, _)) in zip(paid["rewards"], calls, strict=True):
+        p = torch.distributions.Categorical(logits=reward_logits).probs
+        torch.testing.assert_close(row, (p * torch.tensor([-1.0, 0, 1])).sum(1))
 
 
 def test_dream_draws_codes_and_rewards_from_the_predictions():
@@ -1519,12 +1527,12 @@ def test_a_dream_remembers_the_steps_before_it(monkeypatch):
     seen = []
     monkeypatch.setattr(train, "dream", lambda *a: seen.append(a) or dream(*a))
     models.policy_update(codes, state)
-    assert seen[0][-1] is state
+    assert any(argument is state for argument in seen[0])
     paper = tiny_models().starts(buffer, rows)[1]                    # remembers nothing
     assert not any(part.any() for cell in paper for part in cell)
 
 
-def test_flags_reach_the_dream():
+def test_flags_reach_the_dream(monkeypatch):
     """--temperature flattens the codes of training dreams, and only those; hyphens are fine too."""
     given = vars(train.parse(["--temperature", "50", "--dream-steps=7", "--gamma=0.5"]))
     config = train.settings_from({"preset": "smoke"} | {
@@ -1548,6 +1556,14 @@ def test_flags_reach_the_dream():
     cold, same, hot = dreamed(1.0), dreamed(1.0), dreamed(1e9)
     assert torch.equal(cold, same) and torch.equal(cold[0], hot[0])      # the starts are real
     assert (cold[1] != hot[1]).float().mean() > 0.9
+
+    seen = []
+    monkeypatch.setattr(train, "dream", lambda *a: seen.append(dream(*a)) or seen[-1])
+    for expected in (False, True):
+        models = tiny_models(expected_rewards=expected)
+        parts = models.policy_update(models.vqvae.encode(tiny_windows()[0][0]))
+        assert torch.equal(parts["dream_return"], seen[-1]["rewards"].sum(0).mean())
+    assert not (seen[0]["rewards"] % 1).any() and (seen[1]["rewards"] % 1).all()
 
 
 def test_policy_memory_is_h_of_the_second_cell(monkeypatch):

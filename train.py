@@ -119,6 +119,7 @@ class Config:
     dream_steps: int = setting(50, "steps until every dream ends (paper 3.4)")
     dream_context: int = setting(0, "real steps the dynamics has seen when a dream begins (ours)")
     bootstrap: bool = setting(False, "a dream's last step is not its end: add its value (ours)")
+    expected_rewards: bool = setting(False, "dreams pay the mean of Eq. 7, not a draw (ours)")
     reward_starts: float = setting(0.0, "share of dreams from shortly before a real reward (ours)")
     temperature: float = setting(1.0, "of the codes in dreams (Ha & Schmidhuber, Table 2)")
     policy_memory: bool = setting(False, "the policy also sees h of the second cell (paper, Eq. 5)")
@@ -154,6 +155,7 @@ PRESETS = {
         reward_windows=0.25, recent_windows=0.5, weight_decay=0.3, world_model_epochs=(
             33, 4.62, 3.44, 2.75, 2.31, 1.94, 1.72, 1.53, 1.38, 1.25, 1.15, 1.06, 0.98, 0.92, 0.86),
         policy_width=0.25, dreams=200, dream_steps=16, dream_context=3, bootstrap=True,
+        expected_rewards=True,
         reward_starts=0.25, ppo_updates=(100,) * 15, policy_lr=4e-4, minibatch=800, clip=0.2,
         value_clip=1e9, advantage_floor=0.2, eval_episodes=4),
     "smoke": dict(
@@ -423,7 +425,8 @@ class Models:
         c = self.config
         with self.autocast():
             rollout = dream(self.dynamics, self.vqvae.embed, self.policy, codes, c.dream_steps,
-                            c.temperature, c.bootstrap, c.policy_memory, self.imagine, state)
+                            c.temperature, c.bootstrap, c.policy_memory, self.imagine, state,
+                            c.expected_rewards)
             T, B = rollout["actions"].shape
             observations = self.vqvae.embed(rollout["codes"].flatten(0, 1)).unflatten(0, (T, B))
             if c.policy_memory:
