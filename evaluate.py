@@ -420,8 +420,9 @@ def plot(groups, path):
             x, scores = curves(group)
             is_free = group[0]["preset"] == "ppo"
             name = "model-free PPO in training" if is_free else f"preset {group[0]['preset']}"
-            if group[0]["changed"]:
-                name += f" ({', '.join(group[0]['changed'])} changed)"
+            changed = [f"{name}={value}" for name, value in group[0]["changed"].items()]
+            if changed:
+                name += f" ({changed[0] if len(changed) == 1 else f'{len(changed)} changes'})"
             if not group[0]["finished"]:
                 ax.plot(x, scores.T, ":", color="0.5", marker="x", markersize=4,
                         label=f"{name}, seed {group[0]['seed']}, stopped early")
