@@ -282,6 +282,11 @@ def bootstrap(scores, resamples=10_000, seed=0):
     return np.percentile(aggregates(drawn), [2.5, 97.5], axis=0)
 
 
+def changes(run):
+    """["setting=value", ..] where a run differs from its preset."""
+    return [f"{name}={value}" for name, value in run["changed"].items()]
+
+
 def table(groups):
     """Groups of runs -> the text of the table, of its footnotes and of the aggregates."""
     notes, body = [], []
@@ -300,8 +305,7 @@ def table(groups):
     def variant(row):
         if not row["changed"]:
             return row["preset"]
-        return row["preset"] + note(f"{row['preset']} with " + ", ".join(
-            f"{name}={value}" for name, value in row["changed"].items()))
+        return row["preset"] + note(f"{row['preset']} with " + ", ".join(changes(row)))
 
     for group in groups:
         row, rows = summary(group), group[0]["rows"]
@@ -420,8 +424,7 @@ def plot(groups, path):
             x, scores = curves(group)
             is_free = group[0]["preset"] == "ppo"
             name = "model-free PPO in training" if is_free else f"preset {group[0]['preset']}"
-            changed = [f"{name}={value}" for name, value in group[0]["changed"].items()]
-            if changed:
+            if changed := changes(group[0]):
                 name += f" ({changed[0] if len(changed) == 1 else f'{len(changed)} changes'})"
             if not group[0]["finished"]:
                 ax.plot(x, scores.T, ":", color="0.5", marker="x", markersize=4,

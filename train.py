@@ -155,9 +155,8 @@ PRESETS = {
         reward_windows=0.25, recent_windows=0.5, weight_decay=0.3, world_model_epochs=(
             33, 4.62, 3.44, 2.75, 2.31, 1.94, 1.72, 1.53, 1.38, 1.25, 1.15, 1.06, 0.98, 0.92, 0.86),
         policy_width=0.25, dreams=200, dream_steps=16, dream_context=3, bootstrap=True,
-        expected_rewards=True,
-        reward_starts=0.25, ppo_updates=(100,) * 15, policy_lr=4e-4, minibatch=800, clip=0.2,
-        value_clip=1e9, advantage_floor=0.2, eval_episodes=4),
+        expected_rewards=True, reward_starts=0.25, ppo_updates=(100,) * 15, policy_lr=4e-4,
+        minibatch=800, clip=0.2, value_clip=1e9, advantage_floor=0.2, eval_episodes=4),
     "smoke": dict(
         iterations=2, first_interactions=400, interactions=200,
         vqvae_width=0.25, warmup_epochs=6, warmup_batch=12, warmup_lr_end=1e-4, foreground=40,
