@@ -1295,7 +1295,8 @@ def test_the_paper_preset_is_the_paper():
         vqvae_lr=1e-4, warmup_lr=1e-3, warmup_lr_end=1e-3, foreground=0, commitment=0.25,
         revive_codes=False, reward_windows=0, hidden=128, vqvae_every=3, dynamics_batch=4,
         window=11, context=4,
-        dynamics_lr=5e-4, reward_lr=1e-3, reward_weight=1e-6, dreams=16, dream_steps=50,
+        dynamics_lr=5e-4, reward_lr=1e-3, reward_lr_end=1e-3, head_decay=0, reward_weight=1e-6,
+        dreams=16, dream_steps=50, policy_average=0,
         ppo_epochs=4, minibatch=256, gamma=0.99, lam=0.95, clip=0.1, value_clip=0.1,
         value_coef=0.5, entropy_coef=0.01, policy_lr=2.5e-4, max_grad_norm=0.5, advantage_floor=0,
         dream_context=0, collect_temperature=1.5, eval_temperature=1.0, temperature=1.0,
@@ -1369,14 +1370,44 @@ def test_drawing_rewards_more_often_does_not_make_them_likelier():
     assert frequency(0.5) == pytest.approx(frequency(0.0), rel=0.05)
 
 
-def test_weight_decay_pulls_at_the_dynamics_and_not_at_its_heads():
+def test_weight_decay_pulls_at_the_dynamics_and_head_decay_at_its_heads():
     """Decoupled, as in AdamW: without a gradient a step multiplies by 1 - lr * weight_decay."""
-    models = tiny_models(weight_decay=0.5, dynamics_lr=0.1)
+    models = tiny_models(weight_decay=0.5, dynamics_lr=0.1, head_decay=2, reward_lr=0.2,
+                         predict_ends=True)
     before = {name: p.clone() for name, p in models.dynamics.named_parameters()}
     models.step("dynamics", sum(0 * p.sum() for p in models.dynamics.parameters()))
     for name, p in models.dynamics.named_parameters():
-        factor = 1 if name.startswith("reward_head.") else 0.95
+        factor = 0.6 if name.startswith(("reward_head.", "end_head.")) else 0.95
         torch.testing.assert_close(p.data, factor * before[name].data)
+
+
+def test_the_acting_policy_is_a_moving_average_of_the_one_that_learns(monkeypatch):
+    """policy_average = b: after n updates of a policy whose weights were w_0, w_1 .. w_n the acting
+    one has b^n w_0 + (1 - b) (b^(n-1) w_1 + .. + w_n); without, one network does both.
+    """
+    torch.manual_seed(0)
+    models, b = tiny_models(policy_average=0.7, policy_lr=0.1), 0.7
+    codes, weights, acted = models.vqvae.encode(tiny_windows()[0][0]), [], []
+    weights.append(torch.nn.utils.parameters_to_vector(models.learner.parameters()).detach())
+    monkeypatch.setattr(train, "dream", lambda *a: acted.append(a[2]) or dream(*a))
+    for _ in range(3):
+        models.policy_update(codes)
+        weights.append(torch.nn.utils.parameters_to_vector(models.learner.parameters()).detach())
+    expected = b**3 * weights[0] + (1 - b) * (b**2 * weights[1] + b * weights[2] + weights[3])
+    mean = torch.nn.utils.parameters_to_vector(models.policy.parameters())
+    torch.testing.assert_close(mean, expected)
+    assert not torch.allclose(mean, weights[3], atol=1e-2)
+    assert acted == [models.learner] * 3                             # dreams are the learner's,
+    with torch.no_grad():
+        for parameter in models.learner.parameters():
+            parameter.fill_(math.nan)
+        models.policy.actor.bias[2] = 1e6
+    assert models.act(np.zeros((1, 4, 96, 96), np.uint8), 1.0)[0] == [2]     # play is the mean's
+    assert set(models.networks()) == {"vqvae", "dynamics", "policy", "learner"}
+    assert tiny_models().learner is not models.learner
+    models = tiny_models()
+    assert models.learner is models.policy and set(models.networks()) == {
+        "vqvae", "dynamics", "policy"}
 
 
 def collected(env, iteration, steps, act=None, **settings):
@@ -1694,11 +1725,13 @@ def test_predicted_ends_reach_everything(monkeypatch):
     assert torch.equal(seen[1][4], seen[0]["last_value"]) and seen[0]["last_value"].any()
 
     run = types.SimpleNamespace(sums={}, first_bad=torch.full((), -1))
+    head_lrs = []
     counts = iter([(1, 2, 4), (0, 3, 0), (2, 3, 6)])     # right, predicted, true, of 10 each
 
     def update(*arguments):
-        assert torch.equal(arguments[-2], expected.view(2, 6))
-        assert arguments[-1].tolist() == [1, 2]                      # the windows' weights
+        *_, over, weights, head_lr = arguments
+        assert torch.equal(over, expected.view(2, 6)) and weights.tolist() == [1, 2]
+        head_lrs.append(head_lr)
         return {name: torch.tensor(n / 10) for name, n in zip(
             ("end_right", "end_predicted", "end_true"), next(counts))}
 
@@ -1712,11 +1745,12 @@ def test_predicted_ends_reach_everything(monkeypatch):
                                                                np.array([[1.0, 2.0]])))
     for name, value in dict(
             config=models.config, models=models, buffer=buffer, iteration=0,
-            updates=lambda total: [0] * 3, numpy_rng=lambda *_: np.random.default_rng(0),
+            updates=lambda total: (0, total // 2, total), numpy_rng=lambda *_: np.random.default_rng(0),
             add=lambda *a: train.Run.add(run, *a),
             finish_stage=lambda *_, **figures: seen.append(figures)).items():
         setattr(run, name, value)
     train.learn_world_model(run)
+    assert head_lrs == pytest.approx([0.01, 0.0055, 0.001])              # reward_lr to _end
     assert seen[-1]["end_precision"] == pytest.approx(3 / 8)
     assert seen[-1]["end_recall"] == pytest.approx(3 / 10)
     assert {"end_loss", "end_precision", "end_recall"} <= set(train.METRICS)
@@ -2792,8 +2826,9 @@ def test_killed_at_any_moment_and_resumed_is_bit_for_bit_the_same(tmp_path, whol
 
 
 def test_killed_and_resumed_with_memory_and_predicted_ends(tmp_path):
-    """The same with --policy-memory, --predict-ends and a temperature."""
-    more = [*TINY, "--policy-memory", "--predict-ends", "--lives", "--temperature", "1.2"]
+    """The same with --policy-memory, --predict-ends, a temperature and an averaged policy."""
+    more = [*TINY, "--policy-memory", "--predict-ends", "--lives", "--temperature", "1.2",
+            "--policy-average", "0.5", "--reward-lr-end", "1e-5"]
     status, events = in_child([*more, "--out", str(tmp_path / "whole")], log=tmp_path / "log")
     assert status == 0, (tmp_path / "log").read_text()
     expected = outcome(tmp_path / "whole" / RUN)

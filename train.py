@@ -17,6 +17,7 @@ Dimension key:  B batch   L = 11 observations in a window   T = 50 dreamed steps
 """
 import argparse
 import contextlib
+import copy
 import csv
 import ctypes
 import dataclasses
@@ -100,6 +101,8 @@ class Config:
     dynamics_lr: float = setting(5e-4, "Adam's learning rate (released)")
     dynamics_lr_end: float = setting(5e-4, "falls to this in each round, linearly (ours)")
     reward_lr: float = setting(1e-3, "reward head's learning rate, 'higher' (paper 3.4; released)")
+    reward_lr_end: float = setting(1e-3, "falls to this in each round, linearly (ours)")
+    head_decay: float = setting(0.0, "AdamW decay of the heads for rewards and ends (ours)")
     reward_weight: float = setting(1e-6, "weight of the reward loss, tiny (paper 3.4; released)")
     dynamics_batch: int = setting(4, "windows per update (released)")
     window: int = setting(11, "observations per window: 10 predictions (released)")
@@ -127,6 +130,8 @@ class Config:
         (1000,) * 7 + (2000,) + (1000,) * 3 + (2000,) + (1000,) * 2 + (3000,),
         "rollouts and PPO updates in each round (released)")
     policy_lr: float = setting(2.5e-4, "Adam's learning rate (released)")
+    policy_average: float = setting(0.0, "acts with a moving average of weights, this its decay, "
+                                    "if any (ours)")
     ppo_epochs: int = setting(4, "passes over each rollout (released)")
     minibatch: int = setting(256, "samples per gradient step (released)")
     gamma: float = setting(0.99, "discount (paper 4)")
@@ -152,11 +157,11 @@ PRESETS = {
         newest=4, commitment=50, revive_codes=True, vqvae_every=1, vqvae_share=0.15, vqvae_batch=16,
         hidden=32, dynamics_batch=16, dynamics_lr=3e-3, dynamics_lr_end=2e-4, teacher=0.5,
         predict_ends=True, lives=True,
-        reward_windows=0.25, recent_windows=0.5, weight_decay=0.3, world_model_epochs=(
+        reward_windows=0.25, recent_windows=0.5, weight_decay=0.3, head_decay=1, reward_lr_end=1e-5, world_model_epochs=(
             33, 4.62, 3.44, 2.75, 2.31, 1.94, 1.72, 1.53, 1.38, 1.25, 1.15, 1.06, 0.98, 0.92, 0.86),
         policy_width=0.25, dreams=200, dream_steps=16, dream_context=3, bootstrap=True,
         expected_rewards=True, reward_starts=0.25, ppo_updates=(100,) * 15, policy_lr=4e-4,
-        minibatch=800, clip=0.2, value_clip=1e9, advantage_floor=0.2, eval_episodes=4),
+        policy_average=0.98, minibatch=800, clip=0.2, value_clip=1e9, advantage_floor=0.2, eval_episodes=4),
     "smoke": dict(
         iterations=2, first_interactions=400, interactions=200,
         vqvae_width=0.25, warmup_epochs=6, warmup_batch=12, warmup_lr_end=1e-4, foreground=40,
@@ -192,7 +197,7 @@ def check(config):
         if getattr(config, name) <= 0:
             raise UserError(f"--{name} must be more than 0")
     for name in ("vqvae_share", "teacher", "reward_windows", "recent_windows", "reward_starts",
-                 "gamma", "lam", "explore"):
+                 "gamma", "lam", "explore", "policy_average"):
         if getattr(config, name) > 1:
             raise UserError(f"--{name} must be from 0 to 1, not {getattr(config, name)}")
     if config.window < 2 or config.context < 1 or config.minibatch < 2:
@@ -266,6 +271,8 @@ class Models:
                                      predict_ends=config.predict_ends)
             self.policy = ActorCritic(num_actions, width=config.policy_width,
                                       code_dim=32 + config.hidden * config.policy_memory)
+        # The policy acts; the learner, which learns, is the same network or what it is a mean of.
+        self.learner = copy.deepcopy(self.policy) if config.policy_average else self.policy
         self.dynamics_loss, self.imagine = self.dynamics.loss, imagine
         if config.compile:
             self.dynamics_loss, self.imagine = one_graph(self.dynamics.loss), one_graph(imagine)
@@ -281,16 +288,17 @@ class Models:
             "vqvae": torch.optim.Adam(self.vqvae.parameters(), lr=config.vqvae_lr, fused=fused),
             "dynamics": torch.optim.AdamW([     # Adam, where weight_decay is 0
                 {"params": trunk, "lr": config.dynamics_lr, "weight_decay": config.weight_decay},
-                {"params": head, "lr": config.reward_lr, "eps": 1e-8 * config.reward_weight}],
-                weight_decay=0, fused=fused),
+                {"params": head, "lr": config.reward_lr, "weight_decay": config.head_decay,
+                 "eps": 1e-8 * config.reward_weight}], fused=fused),
             # eps as in PPO's reference code: with 1e-8 Adam's first steps, all of full size, can
             # throw the critic off and with it, through the shared trunk, the policy.
-            "policy": torch.optim.Adam(self.policy.parameters(), lr=config.policy_lr, eps=1e-5,
-                                       fused=fused),
+            "policy": torch.optim.Adam(self.learner.parameters(), lr=config.policy_lr,
+                                       eps=1e-5, fused=fused),
         }
 
     def networks(self):
-        return {"vqvae": self.vqvae, "dynamics": self.dynamics, "policy": self.policy}
+        learner = {"learner": self.learner} if self.learner is not self.policy else {}
+        return {"vqvae": self.vqvae, "dynamics": self.dynamics, "policy": self.policy} | learner
 
     def autocast(self, cache=True):
         """bfloat16 where it is fast. The cache keeps the cast weights until the context ends: it
@@ -368,7 +376,7 @@ class Models:
         return parts
 
     def world_model_update(self, x, actions, rewards, ends, lr, context, vqvae_rows=None,
-                           terminated=None, window_weight=None):
+                           terminated=None, window_weight=None, head_lr=None):
         """One gradient step of the dynamics on windows,
         and before it one of the VQ-VAE if vqvae_rows are given.
 
@@ -377,7 +385,9 @@ class Models:
         vqvae_rows int64 [n]: which of the B * L observations the VQ-VAE learns from;
         terminated bool [B, L]: what predict_ends is to predict, ends of the game or of a life
         (None: all ends);
-        window_weight float [B]: of each window in the losses of rewards and ends (None: 1).
+        window_weight float [B]: of each window in the losses of rewards and ends (None: 1);
+        lr, head_lr: learning rates of the cells with the head for codes, of the other heads (None:
+        reward_lr).
         """
         B, L = x.shape[:2]
         flat = x.flatten(0, 1)
@@ -391,7 +401,9 @@ class Models:
             loss, dynamics_parts = self.dynamics_loss(
                 codes, actions, rewards, ends, self.vqvae.embed, context, self.config.reward_weight,
                 terminated, window_weight)
-        self.optimizers["dynamics"].param_groups[0]["lr"] = lr
+        rates = (lr, self.config.reward_lr if head_lr is None else head_lr)
+        for group, rate in zip(self.optimizers["dynamics"].param_groups, rates):
+            group["lr"] = rate
         self.step("dynamics", loss)
         return parts | dynamics_parts
 
@@ -423,7 +435,7 @@ class Models:
         """
         c = self.config
         with self.autocast():
-            rollout = dream(self.dynamics, self.vqvae.embed, self.policy, codes, c.dream_steps,
+            rollout = dream(self.dynamics, self.vqvae.embed, self.learner, codes, c.dream_steps,
                             c.temperature, c.bootstrap, c.policy_memory, self.imagine, state,
                             c.expected_rewards)
             T, B = rollout["actions"].shape
@@ -431,11 +443,15 @@ class Models:
             if c.policy_memory:
                 observations = torch.cat([observations, rollout["memory"]], 2)
         with self.autocast(cache=False):
-            parts = ppo_update(self.policy, self.optimizers["policy"], observations, rollout,
+            parts = ppo_update(self.learner, self.optimizers["policy"], observations, rollout,
                                rollout["last_value"], c.gamma, c.lam, c.ppo_epochs,
                                c.minibatch, c.max_grad_norm, c.advantage_floor, clip=c.clip,
                                value_clip=c.value_clip, value_coef=c.value_coef,
                                entropy_coef=c.entropy_coef)
+        if c.policy_average:
+            with torch.no_grad():
+                for mean, weight in zip(self.policy.parameters(), self.learner.parameters()):
+                    mean.lerp_(weight, 1 - c.policy_average)
         return parts | {"dream_return": rollout["rewards"].sum(0).mean()}
 
     @torch.no_grad()
@@ -999,6 +1015,7 @@ def learn_world_model(run):
         rows = order[batch]                                              # [B, L]
         done = update / total
         lr = first_lr + (c.dynamics_lr_end - first_lr) * done
+        head_lr = c.reward_lr + (c.reward_lr_end - c.reward_lr) * done
         context = c.window if done < c.teacher else c.context
         if codes is None and done >= c.vqvae_share:
             codes = all_codes(run)
@@ -1010,7 +1027,7 @@ def learn_world_model(run):
         if c.predict_ends:
             over = run.models.to_device(buffer.terminated[rows] | buffer.lost[rows] & c.lives)
         run.add(run.models.world_model_update(*run.models.windows(buffer, rows, codes), lr, context,
-                                              vqvae_rows, over, weights[batch]),
+                                              vqvae_rows, over, weights[batch], head_lr),
                 update)
     figures = {"foreground_error": world_model_picture(run)}
     for name, of in (("end_precision", "end_predicted"), ("end_recall", "end_true")):
