@@ -1745,7 +1745,8 @@ def test_predicted_ends_reach_everything(monkeypatch):
                                                                np.array([[1.0, 2.0]])))
     for name, value in dict(
             config=models.config, models=models, buffer=buffer, iteration=0,
-            updates=lambda total: (0, total // 2, total), numpy_rng=lambda *_: np.random.default_rng(0),
+            updates=lambda total: (0, total // 2, total),
+            numpy_rng=lambda *_: np.random.default_rng(0),
             add=lambda *a: train.Run.add(run, *a),
             finish_stage=lambda *_, **figures: seen.append(figures)).items():
         setattr(run, name, value)

@@ -157,11 +157,13 @@ PRESETS = {
         newest=4, commitment=50, revive_codes=True, vqvae_every=1, vqvae_share=0.15, vqvae_batch=16,
         hidden=32, dynamics_batch=16, dynamics_lr=3e-3, dynamics_lr_end=2e-4, teacher=0.5,
         predict_ends=True, lives=True,
-        reward_windows=0.25, recent_windows=0.5, weight_decay=0.3, head_decay=1, reward_lr_end=1e-5, world_model_epochs=(
+        reward_windows=0.25, recent_windows=0.5, weight_decay=0.3, head_decay=1,
+        reward_lr_end=1e-5, world_model_epochs=(
             33, 4.62, 3.44, 2.75, 2.31, 1.94, 1.72, 1.53, 1.38, 1.25, 1.15, 1.06, 0.98, 0.92, 0.86),
         policy_width=0.25, dreams=200, dream_steps=16, dream_context=3, bootstrap=True,
         expected_rewards=True, reward_starts=0.25, ppo_updates=(100,) * 15, policy_lr=4e-4,
-        policy_average=0.98, minibatch=800, clip=0.2, value_clip=1e9, advantage_floor=0.2, eval_episodes=4),
+        policy_average=0.98, minibatch=800, clip=0.2, value_clip=1e9, advantage_floor=0.2,
+        eval_episodes=4),
     "smoke": dict(
         iterations=2, first_interactions=400, interactions=200,
         vqvae_width=0.25, warmup_epochs=6, warmup_batch=12, warmup_lr_end=1e-4, foreground=40,
@@ -200,6 +202,8 @@ def check(config):
                  "gamma", "lam", "explore", "policy_average"):
         if getattr(config, name) > 1:
             raise UserError(f"--{name} must be from 0 to 1, not {getattr(config, name)}")
+    if config.policy_average == 1:
+        raise UserError("--policy_average must be less than 1, or the policy never changes")
     if config.window < 2 or config.context < 1 or config.minibatch < 2:
         raise UserError("--window must be 2 or more, --context 1 or more, --minibatch 2 or more")
     for name in ("world_model_epochs", "ppo_updates"):
@@ -292,8 +296,8 @@ class Models:
                  "eps": 1e-8 * config.reward_weight}], fused=fused),
             # eps as in PPO's reference code: with 1e-8 Adam's first steps, all of full size, can
             # throw the critic off and with it, through the shared trunk, the policy.
-            "policy": torch.optim.Adam(self.learner.parameters(), lr=config.policy_lr,
-                                       eps=1e-5, fused=fused),
+            "policy": torch.optim.Adam(self.learner.parameters(), lr=config.policy_lr, eps=1e-5,
+                                       fused=fused),
         }
 
     def networks(self):
