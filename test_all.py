@@ -1387,14 +1387,17 @@ def test_the_acting_policy_is_a_moving_average_of_the_one_that_learns(monkeypatc
     """
     torch.manual_seed(0)
     models, b = tiny_models(policy_average=0.7, policy_lr=0.1), 0.7
-    codes, weights, acted = models.vqvae.encode(tiny_windows()[0][0]), [], []
-    weights.append(torch.nn.utils.parameters_to_vector(models.learner.parameters()).detach())
+
+    def flat(network):
+        return torch.nn.utils.parameters_to_vector(network.parameters()).detach()
+
+    codes, weights, acted = models.vqvae.encode(tiny_windows()[0][0]), [flat(models.learner)], []
     monkeypatch.setattr(train, "dream", lambda *a: acted.append(a[2]) or dream(*a))
     for _ in range(3):
         models.policy_update(codes)
-        weights.append(torch.nn.utils.parameters_to_vector(models.learner.parameters()).detach())
+        weights.append(flat(models.learner))
     expected = b**3 * weights[0] + (1 - b) * (b**2 * weights[1] + b * weights[2] + weights[3])
-    mean = torch.nn.utils.parameters_to_vector(models.policy.parameters())
+    mean = flat(models.policy)
     torch.testing.assert_close(mean, expected)
     assert not torch.allclose(mean, weights[3], atol=1e-2)
     assert acted == [models.learner] * 3                             # dreams are the learner's,
@@ -1404,7 +1407,6 @@ def test_the_acting_policy_is_a_moving_average_of_the_one_that_learns(monkeypatc
         models.policy.actor.bias[2] = 1e6
     assert models.act(np.zeros((1, 4, 96, 96), np.uint8), 1.0)[0] == [2]     # play is the mean's
     assert set(models.networks()) == {"vqvae", "dynamics", "policy", "learner"}
-    assert tiny_models().learner is not models.learner
     models = tiny_models()
     assert models.learner is models.policy and set(models.networks()) == {
         "vqvae", "dynamics", "policy"}
@@ -1571,6 +1573,8 @@ def test_flags_reach_the_dream(monkeypatch):
     assert (config.temperature, config.dream_steps, config.gamma) == (50, 7, 0.5)
     with pytest.raises(train.UserError, match="--temperature must be more than 0"):
         train.check(dataclasses.replace(config, temperature=0.0))
+    with pytest.raises(train.UserError, match="--policy_average must be less than 1"):
+        train.check(train.Config(policy_average=1.0))
     with pytest.raises(train.UserError, match="--recent_windows must be from 0 to 1, not 2"):
         train.check(dataclasses.replace(config, recent_windows=2.0))
     with pytest.raises(train.UserError, match="--lives .* --predict_ends .* both or neither"):
@@ -2994,7 +2998,8 @@ class Straightforward:
     def __init__(self, models):
         c = self.config = models.config
         self.device, self.to_device = models.device, models.to_device
-        self.vqvae, self.dynamics, self.policy = map(copy.deepcopy, models.networks().values())
+        self.vqvae, self.dynamics, self.policy = map(
+            copy.deepcopy, (models.vqvae, models.dynamics, models.learner))
         head = list(self.dynamics.reward_head.parameters())
         trunk = [p for n, p in self.dynamics.named_parameters() if not n.startswith("reward_head")]
         self.vqvae_adam = torch.optim.Adam(self.vqvae.parameters(), lr=c.vqvae_lr)
@@ -3019,6 +3024,10 @@ class Straightforward:
 
     def encode_all(self, buffer):
         """Nothing is kept: every window is encoded again."""
+
+    def starts(self, buffer, rows, codes=None):
+        """Dreams begin with nothing remembered, as in `paper`."""
+        return (self.observations(buffer, rows),)
 
     def windows(self, buffer, rows, codes=None):
         x = torch.stack([self.observations(buffer, window) for window in rows])
@@ -3163,7 +3172,7 @@ def both_ways(monkeypatch, **settings):
         models.vqvae.decoder[-1].weight *= 5                             # pictures with contrast
         for block in models.vqvae.decoder[2:4]:
             torch.nn.init.normal_(block.conv2.weight, std=0.1)
-        models.policy.actor.weight *= 300                                # decided,
+        models.learner.actor.weight *= 300                               # decided,
         models.dynamics.reward_head.linear2.weight *= 30                 # and sure of its rewards
     straight = Straightforward(models)
     for module in ("dynamics", "train"):
@@ -3215,15 +3224,17 @@ def test_world_model_update_is_the_straightforward_one(monkeypatch, vqvae_rows):
         assert_same_step(models.vqvae, straight.vqvae)
 
 
-def test_policy_update_is_the_straightforward_one(monkeypatch):
+@pytest.mark.parametrize("average", (0.0, 0.5))
+def test_policy_update_is_the_straightforward_one(monkeypatch, average):
     """Section 3.4: the same dream, the same gradients of PPO's last minibatch."""
-    models, straight, buffer = both_ways(monkeypatch, dream_steps=6, minibatch=9)
+    models, straight, buffer = both_ways(monkeypatch, dream_steps=6, minibatch=9,
+                                         policy_average=average)
     torch.manual_seed(1)
     parts = models.policy_update(*models.starts(buffer, np.arange(5)))
     torch.manual_seed(1)
-    straight.policy_update(straight.observations(buffer, range(5)))
+    straight.policy_update(*straight.starts(buffer, range(5)))
     assert parts["value_loss"] > 0 and parts["dream_return"] != 0
-    assert_same_step(models.policy, straight.policy, rtol=1e-2)          # after 15 steps of Adam
+    assert_same_step(models.learner, straight.policy, rtol=1e-2)         # after 15 steps of Adam
 
 
 def test_acting_is_the_straightforward_one(monkeypatch):
@@ -3379,9 +3390,10 @@ if __name__ == "__main__":
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    # What `small` adds to the paper's VQ-VAE has no straightforward counterpart: it is left out.
+    # What `small` adds to the paper's VQ-VAE and to the beginning of dreams has no straightforward
+    # counterpart: it is left out.
     config = train.settings_from({"preset": arguments.preset, "device": "cpu", "foreground": 0.0,
-                                  "revive_codes": False})
+                                  "revive_codes": False, "dream_context": 0})
     train.keep_freed_memory()                                            # for all alike
     compare_speed(config, arguments.rounds)
     compare_sizes(config, arguments.rounds)

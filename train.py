@@ -275,7 +275,8 @@ class Models:
                                      predict_ends=config.predict_ends)
             self.policy = ActorCritic(num_actions, width=config.policy_width,
                                       code_dim=32 + config.hidden * config.policy_memory)
-        # The policy acts; the learner, which learns, is the same network or what it is a mean of.
+        # The learner learns, in dreams; the policy, which acts in the game, is the same network or
+        # the moving average of it.
         self.learner = copy.deepcopy(self.policy) if config.policy_average else self.policy
         self.dynamics_loss, self.imagine = self.dynamics.loss, imagine
         if config.compile:
