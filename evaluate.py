@@ -3,6 +3,7 @@
     python evaluate.py runs/Freeway-small-s0             # 32 episodes with the newest checkpoint
     python evaluate.py --random --game Freeway           # the random policy, by the same protocol
     python evaluate.py runs/*                            # one table of all runs, Tables 4 and 5
+    python evaluate.py results/* --markdown              # the tables of the README
     python evaluate.py runs/* --plot curves.png          # their learning curves, Figures 4 and 5
     python evaluate.py runs/Pong-small-s0 --fidelity     # where does its dream go wrong?
     python evaluate.py runs/* --sweep-temperature        # does its policy exploit its dream?
@@ -372,17 +373,76 @@ def table(groups):
     return "\n".join(lines)
 
 
-def costs(runs):
-    """Where the time of each run went, a line each, from its times.csv; runs without one: none."""
-    lines = []
-    for run in runs:
-        rows = read_numbers(run["folder"] / "times.csv", lambda row: set(TIMES) == set(row))
-        seconds = {stage: sum(row[stage] for row in rows) for stage in STAGES}
-        whole = sum(seconds.values())
-        if whole:
-            lines.append(f"{run['folder'].name}: {clock(whole)} (h:mm:ss), of it " + ", ".join(
-                f"{stage.replace('_', ' ')} {part / whole:.0%}" for stage, part in seconds.items())
-                + f"; memory at most {max(row['peak_mb'] for row in rows):,.0f} MB")
+def costs(run):
+    """Where the time of a run went, from its times.csv: ("h:mm:ss", {stage: share}, peak memory in
+    MB); None for a run without one.
+    """
+    rows = read_numbers(run["folder"] / "times.csv", lambda row: set(TIMES) == set(row))
+    seconds = {stage: sum(row[stage] for row in rows) for stage in STAGES}
+    whole = sum(seconds.values())
+    if not whole:
+        return None
+    return (clock(whole), {stage.replace("_", " "): part / whole for stage, part in
+                           seconds.items()}, max(row["peak_mb"] for row in rows))
+
+
+def cost_lines(runs):
+    """The costs of all runs that tell them, a line each."""
+    return "\n".join(
+        f"{run['folder'].name}: {cost[0]} (h:mm:ss), of it "
+        + ", ".join(f"{stage} {share:.0%}" for stage, share in cost[1].items())
+        + f"; memory at most {cost[2]:,.0f} MB" for run in runs if (cost := costs(run)))
+
+
+def random_scores(folder):
+    """{game: its row} of the random policy, from the folder's random.json; {} without one."""
+    path = folder / "random.json"
+    try:
+        rows = json.loads(path.read_text()) if path.exists() else []
+        return {row["game"]: row for row in rows if math.isfinite(row["mean"] + row["std"])}
+    except (OSError, ValueError, TypeError, KeyError):
+        raise UserError(f"{path} is damaged or cannot be read") from None
+
+
+def markdown(groups):
+    """Groups of runs -> the two tables of the README: scores beside the published ones, costs. The
+    random policy's scores come from random.json beside the runs, where there is one.
+    """
+    chance, notes = random_scores(groups[0][0]["folder"].parent), []
+    lines = ["| game | preset | each run, ours (standard error) | mean, ours (std) | "
+             "human-normalised | random, ours | random, published | paper, published | "
+             "SimPLe, published | PPO 100K, published |", "|" + "---|" * 10]
+
+    def with_std(figures):
+        return "-" if figures is None else f"{figures[0]:.1f} ({figures[1]:.1f})"
+
+    for group in groups:
+        row, preset = summary(group), group[0]["preset"]
+        if row["changed"]:
+            text = f"{preset} with " + ", ".join(f"`{change}`" for change in changes(group[0]))
+            if text not in notes:
+                notes.append(text)
+            preset += f" [{notes.index(text) + 1}]"
+        runs, mean = "stopped early", "-"
+        if row["finished"]:
+            runs = ", ".join(f"{np.mean(run['returns']):.1f} "
+                             f"({np.std(run['returns']) / len(run['returns'])**0.5:.1f})"
+                             for run in group)
+            mean = f"**{row['mean']:.1f}**" + ("" if row["std"] is None else f" ({row['std']:.1f})")
+        random, _, paper, simple, ppo = PUBLISHED.get(row["game"], [None] * 5)
+        mine, human = chance.get(row["game"]), row["human_normalised"]
+        lines.append("| " + " | ".join((
+            row["game"], preset, runs, mean, "-" if human is None else f"{human:.3f}",
+            with_std(mine and (mine["mean"], mine["std"])), "-" if random is None else str(random),
+            *map(with_std, (paper, simple, ppo)))) + " |")
+    lines += [""] + [f"[{i}] {text}  " for i, text in enumerate(notes, 1)] + [""] * bool(notes)
+
+    stages = [stage.replace("_", " ") for stage in STAGES]
+    lines += ["| run | h:mm:ss | " + " | ".join(stages) + " | peak memory, MB |", "|---" * 8 + "|"]
+    for run in (run for group in groups for run in group):
+        if cost := costs(run):
+            lines.append(f"| {run['folder'].name} | {cost[0]} | " + " | ".join(
+                f"{cost[1][stage]:.0%}" for stage in stages) + f" | {cost[2]:,.0f} |")
     return "\n".join(lines)
 
 
@@ -999,8 +1059,10 @@ def judge_many(args):
         raise UserError("there is nothing to plot: none of these runs was evaluated yet")
     if args.json:
         print(json.dumps([summary(group) for group in groups]))
+    elif args.markdown:
+        print(markdown(groups))
     else:
-        print("\n\n".join(filter(None, (table(groups), costs(runs)))))
+        print("\n\n".join(filter(None, (table(groups), cost_lines(runs)))))
     if args.plot:
         plot(groups, args.plot)
 
@@ -1036,8 +1098,11 @@ def main(arguments=None):
     parser.add_argument("--seed", type=int, default=1000,
                         help="of the episodes and the sampled actions")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", action="store_true",
-                        help="print a list of JSON objects instead of text")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true",
+                      help="print a list of JSON objects instead of text")
+    form.add_argument("--markdown", action="store_true", help="print stored evaluations as two "
+                      "tables in Markdown, scores and costs: the README's")
     args = parser.parse_args(arguments)
     # Files that lie beside the runs, as in results/*, are none.
     args.runs = [run for run in args.runs if not pathlib.Path(run).is_file()]
@@ -1062,6 +1127,8 @@ def main(arguments=None):
         if args.sweep_temperature and (not args.runs or args.random or args.plot or looks):
             raise UserError("--sweep-temperature takes one run folder or more, and neither "
                             "--random nor --plot nor another look")
+        if args.markdown and (not args.runs or args.random or args.sweep_temperature or looks):
+            raise UserError("--markdown prints tables of runs: name one or more, and no look")
         if args.steps is not None and not 1 <= args.steps <= 2000:
             raise UserError("--steps must lie in 1 .. 2000")
         if args.fidelity:
@@ -1072,7 +1139,8 @@ def main(arguments=None):
             show_play(args)
         elif looks:
             show_pictures(args)
-        elif len(args.runs) > 1 or args.plot or not args.random and result_only(args.runs[0]):
+        elif (len(args.runs) > 1 or args.plot or args.markdown
+              or not args.random and result_only(args.runs[0])):
             judge_many(args)
         else:
             judge_one(args)

@@ -2046,6 +2046,40 @@ def test_costs_of_runs(tmp_path, capsys):
     assert_main_refuses("times.csv is damaged", evaluate.main, run, bare)
 
 
+def test_markdown_tables(tmp_path, capsys):
+    """--markdown: each run with its standard error, means over seeds, what differs, what it took;
+    the README's two tables are just this output for the results that are kept."""
+    for seed, scores in enumerate(([1.0, 3.0], [5.0, 5.0])):
+        run = made_up_run(tmp_path, "Freeway", seed, scores)
+    made_up_run(tmp_path, "Freeway", 2, [9.0], scale=0.5)
+    made_up_run(tmp_path, "Pong", 0, None)
+    train.write_table(run / "times.csv", train.TIMES, [
+        dict(zip(train.TIMES, (1, 10, 30, 3000, 500, 60, 1234.5)))])
+    chance = tmp_path / "random.json"
+    chance.write_text(json.dumps([{"game": "Freeway", "mean": 0.25, "std": 0.5}]))
+    scores, notes, costs = judged(capsys, *tmp_path.iterdir(), "--markdown").split("\n\n")
+    published = "24.6 (3.4) | 20.3 (18.5) | 8.0 (9.8) |"
+    assert scores.splitlines()[2:] == [
+        # Standard error of 1, 3: deviation 1 / sqrt(2). Of the means 2 and 5: deviation 1.5.
+        "| Freeway | small | 2.0 (0.7), 5.0 (0.0) | **3.5** (1.5) | 0.118 | 0.2 (0.5) | 0.0 | "
+        + published,
+        "| Freeway | small [1] | 9.0 (0.0) | **9.0** | 0.304 | 0.2 (0.5) | 0.0 | " + published,
+        "| Pong | small | stopped early | - | - | - | -20.7 | 11.8 (6.9) | 5.2 (9.7) "
+        "| -20.5 (0.6) |"]
+    assert notes.strip() == "[1] small with `scale=0.5`"
+    assert costs.splitlines()[2:] == [
+        f"| {run.name} | 1:00:00 | 0% | 1% | 83% | 14% | 2% | 1,234 |"]
+    assert len({line.count("|") for line in scores.splitlines()}) == 1
+    chance.write_text('[{"game": "Freeway"}]')
+    assert_main_refuses("random.json is damaged", evaluate.main, run, "--markdown")
+    for look in ("--random", "--dream=a.gif", "--sweep-temperature"):
+        assert_main_refuses("", evaluate.main, run, "--markdown", look)
+
+    readme = (HERE / "README.md").read_text()
+    for part in judged(capsys, *(HERE / "results").iterdir(), "--markdown").split("\n\n"):
+        assert part.strip() in readme, "python evaluate.py results/* --markdown says otherwise"
+
+
 def test_results_kept_without_their_checkpoints(tmp_path, capsys):
     """results/*: pictures beside the runs are passed over; a run kept alone shows its scores."""
     run = made_up_run(tmp_path, "Pong", 0, [1.0, 2.0])
