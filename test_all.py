@@ -3335,9 +3335,31 @@ def test_no_line_is_longer_than_100_characters():
     assert not long, f"{len(long)} long lines: {' '.join(long[:20])}"
 
 
+def test_the_speed_comparison_runs(capsys):
+    """python test_all.py, with tiny networks: a line for each stage, and what a run adds up to."""
+    config = comparable("small", vqvae_width=1 / 16, hidden=4, policy_width=1 / 16, dreams=4,
+                        dream_steps=3, warmup_batch=2, dynamics_batch=2, vqvae_batch=2, minibatch=8)
+    compare_speed(config, rounds=1)
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert [line[:18].strip() for line in lines] == [
+        "dynamics", "encode", "collect", "warm_up", "world_model", "world_model+vqvae", "policy",
+        "evaluate", "whole run"]
+    for line in lines:
+        gflop, straight, *ours = map(float, re.findall(r"[\d.]+(?= )", line[18:]))
+        # The straightforward version keeps no codes: there is nothing to time. Hours round to 0.
+        assert ours and (min(straight, *ours) > 0 or line.startswith(("encode", "whole"))), line
+
+
 # ----------------------------------------------------------------------------------------------
 # python test_all.py: how much faster?
 # ----------------------------------------------------------------------------------------------
+
+
+def comparable(preset, **settings):
+    """The preset's settings without what `small` adds to the paper's VQ-VAE and to the beginning
+    of dreams, which has no straightforward counterpart."""
+    return train.settings_from({"preset": preset, "device": "cpu", "foreground": 0.0,
+                                "revive_codes": False, "dream_context": 0} | settings)
 
 
 def whole_run(config, costs):
@@ -3424,10 +3446,7 @@ if __name__ == "__main__":
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    # What `small` adds to the paper's VQ-VAE and to the beginning of dreams has no straightforward
-    # counterpart: it is left out.
-    config = train.settings_from({"preset": arguments.preset, "device": "cpu", "foreground": 0.0,
-                                  "revive_codes": False, "dream_context": 0})
+    config = comparable(arguments.preset)
     train.keep_freed_memory()                                            # for all alike
     compare_speed(config, arguments.rounds)
     compare_sizes(config, arguments.rounds)
