@@ -57,6 +57,7 @@ PUBLISHED = {
     "Seaquest":     (68.4,     42054.7,  (458.1, 155.7, 472.5, 635.0),
                                (370.9, 128.2, 386.9, 497.2),        (370.0, 103.3)),
 }
+UNPUBLISHED = (None, None, (None,) * 4, (None,) * 4, (None,) * 2)       # any other game
 
 
 def human_normalised(game, score):
@@ -288,29 +289,35 @@ def changes(run):
     return [f"{name}={value}" for name, value in run["changed"].items()]
 
 
+def footnote(notes, text):
+    """The mark " [n]" of this text among the notes, to which it is added if it is new."""
+    if text not in notes:
+        notes.append(text)
+    return f" [{notes.index(text) + 1}]"
+
+
+def variant(run, notes, quote=""):
+    """The preset of a run or a row, with the mark of a footnote that says what differs from it."""
+    if not run["changed"]:
+        return run["preset"]
+    return run["preset"] + footnote(notes, f"{run['preset']} with " + ", ".join(
+        f"{quote}{change}{quote}" for change in changes(run)))
+
+
+def figure(value):
+    return "-" if value is None else f"{value:.1f}"
+
+
+def with_std(mean, std):
+    return figure(mean) + ("" if std is None else f" ({std:.1f})")
+
+
 def table(groups):
     """Groups of runs -> the text of the table, of its footnotes and of the aggregates."""
     notes, body = [], []
-
-    def note(text):
-        if text not in notes:
-            notes.append(text)
-        return f" [{notes.index(text) + 1}]"
-
-    def figure(value):
-        return "-" if value is None else f"{value:.1f}"
-
-    def with_std(mean, std):
-        return figure(mean) + ("" if std is None else f" ({std:.1f})")
-
-    def variant(row):
-        if not row["changed"]:
-            return row["preset"]
-        return row["preset"] + note(f"{row['preset']} with " + ", ".join(changes(row)))
-
     for group in groups:
         row, rows = summary(group), group[0]["rows"]
-        preset = variant(row)
+        preset = variant(row, notes)
         ours = [with_std(row["mean"], row["std"]), figure(row["median"]), figure(row["best"]),
                 "-" if row["human_normalised"] is None else f"{row['human_normalised']:.3f}"]
         if not row["finished"]:
@@ -319,10 +326,10 @@ def table(groups):
                     f"last evaluated after {scored[-1]['interactions']:,.0f} interactions: "
                     f"{scored[-1]['real_return']:.1f} over {scored[-1]['real_episodes']:.0f} "
                     f"episodes" if scored else "never evaluated")
-            ours[0] = "stopped" + note(
-                f"{group[0]['folder']} stopped early or still runs: in round "
+            ours[0] = "stopped" + footnote(
+                notes, f"{group[0]['folder']} stopped early or still runs: in round "
                 f"{rows[-1]['iteration'] if rows else 1:.0f} of {group[0]['rounds']}; {last}")
-        _, _, paper, simple, ppo = PUBLISHED.get(row["game"], [None, None] + [[None] * 4] * 3)
+        _, _, paper, simple, ppo = PUBLISHED.get(row["game"], UNPUBLISHED)
         body.append([row["game"], preset, ",".join(map(str, row["seeds"])),
                      str(row["episodes"] or "-"), f"{row['interactions']:,}", *ours,
                      with_std(*paper[:2]), *map(figure, paper[2:]),
@@ -351,8 +358,8 @@ def table(groups):
 
     # The aggregates, for each preset alone.
     finished = [g for g in groups if g[0]["finished"] and g[0]["game"] in PUBLISHED]
-    for kind in dict.fromkeys(variant(summary(g)) for g in finished):
-        mine = [g for g in finished if variant(summary(g)) == kind]
+    for kind in dict.fromkeys(variant(g[0], notes) for g in finished):
+        mine = [g for g in finished if variant(g[0], notes) == kind]
         games = [g[0]["game"] for g in mine]
         scores = [np.array([human_normalised(run["game"], np.mean(run["returns"])) for run in g])
                   for g in mine]
@@ -413,28 +420,19 @@ def markdown(groups):
              "human-normalised | random, ours | random, published | paper, published | "
              "SimPLe, published | PPO 100K, published |", "|" + "---|" * 10]
 
-    def with_std(figures):
-        return "-" if figures is None else f"{figures[0]:.1f} ({figures[1]:.1f})"
-
     for group in groups:
-        row, preset = summary(group), group[0]["preset"]
-        if row["changed"]:
-            text = f"{preset} with " + ", ".join(f"`{change}`" for change in changes(group[0]))
-            if text not in notes:
-                notes.append(text)
-            preset += f" [{notes.index(text) + 1}]"
-        runs, mean = "stopped early", "-"
+        row, runs, mean = summary(group), "stopped early", "-"
         if row["finished"]:
-            runs = ", ".join(f"{np.mean(run['returns']):.1f} "
-                             f"({np.std(run['returns']) / len(run['returns'])**0.5:.1f})"
+            runs = ", ".join(with_std(np.mean(run["returns"]),
+                                      np.std(run["returns"]) / len(run["returns"])**0.5)
                              for run in group)
             mean = f"**{row['mean']:.1f}**" + ("" if row["std"] is None else f" ({row['std']:.1f})")
-        random, _, paper, simple, ppo = PUBLISHED.get(row["game"], [None] * 5)
-        mine, human = chance.get(row["game"]), row["human_normalised"]
+        random, _, paper, simple, ppo = PUBLISHED.get(row["game"], UNPUBLISHED)
+        mine, human = chance.get(row["game"], {}), row["human_normalised"]
         lines.append("| " + " | ".join((
-            row["game"], preset, runs, mean, "-" if human is None else f"{human:.3f}",
-            with_std(mine and (mine["mean"], mine["std"])), "-" if random is None else str(random),
-            *map(with_std, (paper, simple, ppo)))) + " |")
+            row["game"], variant(row, notes, "`"), runs, mean,
+            "-" if human is None else f"{human:.3f}", with_std(mine.get("mean"), mine.get("std")),
+            figure(random), *(with_std(*column[:2]) for column in (paper, simple, ppo)))) + " |")
     lines += [""] + [f"[{i}] {text}  " for i, text in enumerate(notes, 1)] + [""] * bool(notes)
 
     stages = [stage.replace("_", " ") for stage in STAGES]
@@ -442,7 +440,7 @@ def markdown(groups):
     for run in (run for group in groups for run in group):
         if cost := costs(run):
             lines.append(f"| {run['folder'].name} | {cost[0]} | " + " | ".join(
-                f"{cost[1][stage]:.0%}" for stage in stages) + f" | {cost[2]:,.0f} |")
+                f"{share:.0%}" for share in cost[1].values()) + f" | {cost[2]:,.0f} |")
     return "\n".join(lines)
 
 
