@@ -343,7 +343,8 @@ class DreamEnv(gym.vector.VectorEnv):
     "as if it were a real Gym environment" (Ha & Schmidhuber, 4.1).
 
     dynamics     a trained Dynamics
-    vqvae        its .embed turns codes int64 [n, 6, 6] into vectors [n, D, 6, 6]
+    vqvae        its .embed turns codes int64 [n, 6, 6] into vectors [n, D, 6, 6]: a VQVAE, or
+                 whoever else knows what the dynamics was trained to read
     starts       int64 [S, 6, 6]: codes of real observations; every episode begins at a random one,
                  on whose device everything is computed
     num_envs     n dreams side by side

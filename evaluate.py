@@ -585,7 +585,7 @@ def dream_env(folder, num_envs, steps=50, temperature=1.0, seed=0, device="cpu")
     """
     models, config, _ = load_models(folder, device)
     codes, state = moments(models, config.game, seed)
-    return DreamEnv(models.dynamics, models.vqvae, codes, num_envs, steps, temperature, state)
+    return DreamEnv(models.dynamics, models, codes, num_envs, steps, temperature, state)
 
 
 @torch.no_grad()
@@ -706,7 +706,7 @@ def virtual_scores(models, buffer, steps, most=256):
     (codes, state), scores = models.starts(buffer, rows[:, 0]), {"real": paid.sum(1)}
     for temperature in TEMPERATURES:
         with models.autocast():
-            rollout = dream(models.dynamics, models.vqvae.embed, models.policy, codes, steps,
+            rollout = dream(models.dynamics, models.embed, models.policy, codes, steps,
                             temperature, memory=models.config.policy_memory, start_state=state)
         # After the first end, if the model predicts ends, it is another dream.
         before = rollout["dones"].long().cumsum(0) - rollout["dones"].long() == 0
@@ -923,7 +923,7 @@ class Player:
     def __init__(self, models, starts, names, figure, temperature=1.0, seed=0):
         self.models, self.names, self.figure = models, names, figure
         codes, state = starts
-        self.env = DreamEnv(models.dynamics, models.vqvae, codes, 1, steps=10**9,
+        self.env = DreamEnv(models.dynamics, models, codes, 1, steps=10**9,
                             temperature=temperature, start_state=state)
         self.held, self.by_policy, self.last = set(), False, ""
         axes = figure.subplots(1, 2, gridspec_kw=dict(

@@ -52,7 +52,7 @@ from atari import AtariEnv, ExperienceBuffer, area_matrix
 from convlstm import ConvLSTMCell
 from dynamics import Dynamics, DreamEnv, dream, reward_class, sample
 from ppo import ActorCritic, gae, ppo_loss, ppo_update
-from vqvae import (VQVAE, Codebook, continuous_bernoulli_mean, continuous_bernoulli_nll,
+from vqvae import (VQVAE, Codebook, Whitening, continuous_bernoulli_mean, continuous_bernoulli_nll,
                    foreground_error, foreground_values, foreground_weight)
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -364,6 +364,28 @@ def small_vqvae(**settings):
     vqvae.train().features(x)
     assert len(vqvae.encode(x).unique()) > 10  # one code for everything would test nothing
     return vqvae, x
+
+
+def test_whitened_codes_vary_alike_in_all_directions():
+    """Whitening: the covariance by numpy is the identity, whatever it was; also under autocast."""
+    torch.manual_seed(0)
+    codes = torch.randn(128, 32) * torch.logspace(0, -2, 32) @ torch.randn(32, 32) + 3
+    assert np.linalg.cond(np.cov(codes.numpy(), rowvar=False)) > 1e4
+    whitening, z = Whitening(ridge=1e-12).double(), codes.double().view(8, 16, 32).mT[..., None]
+    assert torch.equal(whitening(z), z)                              # before fit it does nothing
+    whitening.fit(codes.double())
+    white = whitening(z)[..., 0].mT.reshape(128, 32).numpy()
+    np.testing.assert_allclose(np.cov(white, rowvar=False, bias=True), np.eye(32), atol=1e-6)
+    np.testing.assert_allclose(white.mean(0), 0, atol=1e-6)
+    whitening = Whitening()
+    whitening.fit(codes)
+    z = codes.view(8, 16, 32).mT[..., None]
+    expected = (codes - codes.mean(0)) @ whitening.matrix
+    assert expected.square().mean() == pytest.approx(1, rel=1e-4)
+    assert np.linalg.cond(np.cov(expected.numpy(), rowvar=False)) < 1000
+    with torch.autocast("cpu", torch.bfloat16):
+        white = whitening(z)[..., 0].mT.reshape(128, 32)
+    torch.testing.assert_close(white, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_codebook_moves_in_training_only():
@@ -1296,7 +1318,7 @@ def test_the_paper_preset_is_the_paper():
         revive_codes=False, reward_windows=0, hidden=128, vqvae_every=3, dynamics_batch=4,
         window=11, context=4,
         dynamics_lr=5e-4, reward_lr=1e-3, reward_lr_end=1e-3, head_decay=0, reward_weight=1e-6,
-        dreams=16, dream_steps=50, policy_average=0,
+        dreams=16, dream_steps=50, policy_average=0, whiten=False,
         ppo_epochs=4, minibatch=256, gamma=0.99, lam=0.95, clip=0.1, value_clip=0.1,
         value_coef=0.5, entropy_coef=0.01, policy_lr=2.5e-4, max_grad_norm=0.5, advantage_floor=0,
         dream_context=0, collect_temperature=1.5, eval_temperature=1.0, temperature=1.0,
@@ -1410,6 +1432,33 @@ def test_the_acting_policy_is_a_moving_average_of_the_one_that_learns(monkeypatc
     models = tiny_models()
     assert models.learner is models.policy and set(models.networks()) == {
         "vqvae", "dynamics", "policy"}
+
+
+def test_whiten_changes_what_dynamics_and_policy_see(monkeypatch):
+    """whiten: every network that reads codes reads them whitened, the decoder as they are."""
+    models, x = tiny_models(whiten=True, dream_context=2), np.zeros((3, 4, 96, 96), np.uint8)
+    assert set(models.networks()) == {"vqvae", "whitening", "dynamics", "policy"}
+    models.whitening.fit(models.vqvae.codebook.codes)
+    codes, seen = torch.randint(128, (3, 6, 6)), {"dynamics": [], "policy": []}
+    expected = models.whitening(models.vqvae.embed(codes))
+    assert torch.equal(models.embed(codes), expected)
+    assert not torch.allclose(expected, models.vqvae.embed(codes), atol=0.1)
+    table = models.embed(torch.arange(128).view(-1, 1, 1))[..., 0, 0]
+    for name, module in (("dynamics", models.dynamics.cell1), ("policy", models.policy)):
+        module.register_forward_pre_hook(
+            lambda module, args, name=name: seen[name].append(args[0].detach()[:, :32]))
+    models.act(x, 1.0)
+    models.policy_update(codes)
+    models.world_model_update(*tiny_windows(), lr=1e-3, context=4)
+    buffer = filled_buffer(np.random.default_rng(0), n=50)[0]
+    models.starts(buffer, np.array([20, 30]), torch.randint(128, (50, 6, 6)))
+    train.open_loop(models, torch.randint(128, (2, 9, 6, 6)), torch.zeros(2, 9, dtype=torch.int64))
+    for name, inputs in seen.items():
+        vectors = torch.cat([z.movedim(1, -1).reshape(-1, 32) for z in inputs])
+        assert torch.cdist(vectors, table).min(1).values.max() < 0.02, name
+    monkeypatch.setattr(evaluate, "load_models", lambda *a: (models, models.config, 0))
+    monkeypatch.setattr(evaluate, "moments", lambda *a: (codes, None))
+    assert torch.equal(evaluate.dream_env("", num_envs=2).embed(codes), expected)
 
 
 def collected(env, iteration, steps, act=None, **settings):
@@ -2865,9 +2914,9 @@ def test_killed_at_any_moment_and_resumed_is_bit_for_bit_the_same(tmp_path, whol
 
 
 def test_killed_and_resumed_with_memory_and_predicted_ends(tmp_path):
-    """The same with --policy-memory, --predict-ends, a temperature and an averaged policy."""
+    """The same with --policy-memory, --predict-ends, --whiten, a temperature, averaged policy."""
     more = [*TINY, "--policy-memory", "--predict-ends", "--lives", "--temperature", "1.2",
-            "--policy-average", "0.5", "--reward-lr-end", "1e-5"]
+            "--policy-average", "0.5", "--reward-lr-end", "1e-5", "--whiten"]
     status, events = in_child([*more, "--out", str(tmp_path / "whole")], log=tmp_path / "log")
     assert status == 0, (tmp_path / "log").read_text()
     expected = outcome(tmp_path / "whole" / RUN)

@@ -42,7 +42,7 @@ from tqdm import tqdm
 from atari import AtariEnv, ExperienceBuffer
 from dynamics import Dynamics, dream, dream_step, forget, imagine, policy_input, sample
 from ppo import ActorCritic, ppo_update
-from vqvae import VQVAE, foreground_error, foreground_values, foreground_weight
+from vqvae import VQVAE, Whitening, foreground_error, foreground_values, foreground_weight
 
 # --------------------------------------------------------------------------------------------------
 # Settings
@@ -97,6 +97,7 @@ class Config:
     vqvae_batch: int = setting(44, "observations per such update; 44: the whole batch (released)")
 
     # Dynamics (Section 3.2-3.3)
+    whiten: bool = setting(False, "dynamics and policy read whitened codes (ours)")
     hidden: int = setting(128, "channels of each ConvLSTM cell (paper, Table 3)")
     dynamics_lr: float = setting(5e-4, "Adam's learning rate (released)")
     dynamics_lr_end: float = setting(5e-4, "falls to this in each round, linearly (ours)")
@@ -271,6 +272,7 @@ class Models:
         with self.device:
             self.vqvae = VQVAE(width=config.vqvae_width, commitment=config.commitment,
                                max_logit=config.max_logit)
+            self.whitening = Whitening() if config.whiten else None
             self.dynamics = Dynamics(num_actions, hidden=config.hidden,
                                      predict_ends=config.predict_ends)
             self.policy = ActorCritic(num_actions, width=config.policy_width,
@@ -302,8 +304,16 @@ class Models:
         }
 
     def networks(self):
-        learner = {"learner": self.learner} if self.learner is not self.policy else {}
-        return {"vqvae": self.vqvae, "dynamics": self.dynamics, "policy": self.policy} | learner
+        networks = {"vqvae": self.vqvae, "whitening": self.whitening, "dynamics": self.dynamics,
+                    "policy": self.policy}
+        if self.learner is not self.policy:
+            networks["learner"] = self.learner
+        return {name: network for name, network in networks.items() if network is not None}
+
+    def embed(self, codes):
+        """Codes int64 [B, 6, 6] -> what dynamics and policy see of them, float32 [B, D, 6, 6]."""
+        z = self.vqvae.embed(codes)
+        return z if self.whitening is None else self.whitening(z)
 
     def autocast(self, cache=True):
         """bfloat16 where it is fast. The cache keeps the cast weights until the context ends: it
@@ -404,7 +414,7 @@ class Models:
             # Targets move with the VQ-VAE (3.4).
             codes = x if x.ndim == 4 else self.vqvae.encode(flat).view(B, L, 6, 6)
             loss, dynamics_parts = self.dynamics_loss(
-                codes, actions, rewards, ends, self.vqvae.embed, context, self.config.reward_weight,
+                codes, actions, rewards, ends, self.embed, context, self.config.reward_weight,
                 terminated, window_weight)
         rates = (lr, self.config.reward_lr if head_lr is None else head_lr)
         for group, rate in zip(self.optimizers["dynamics"].param_groups, rates):
@@ -429,7 +439,7 @@ class Models:
             before = np.maximum(rows - back, 0)
             actions = self.to_device(buffer.actions[before].astype(np.int64))
             with self.autocast():
-                _, _, state = self.dynamics(self.vqvae.embed(codes_of(before)), actions, state)
+                _, _, state = self.dynamics(self.embed(codes_of(before)), actions, state)
             # What was seen of another episode is forgotten.
             state = forget(state, self.to_device(rows - back < buffer.start[rows]))
         return codes_of(rows), state
@@ -440,11 +450,11 @@ class Models:
         """
         c = self.config
         with self.autocast():
-            rollout = dream(self.dynamics, self.vqvae.embed, self.learner, codes, c.dream_steps,
+            rollout = dream(self.dynamics, self.embed, self.learner, codes, c.dream_steps,
                             c.temperature, c.bootstrap, c.policy_memory, self.imagine, state,
                             c.expected_rewards)
             T, B = rollout["actions"].shape
-            observations = self.vqvae.embed(rollout["codes"].flatten(0, 1)).unflatten(0, (T, B))
+            observations = self.embed(rollout["codes"].flatten(0, 1)).unflatten(0, (T, B))
             if c.policy_memory:
                 observations = torch.cat([observations, rollout["memory"]], 2)
         with self.autocast(cache=False):
@@ -472,7 +482,7 @@ class Models:
         if instead is not None and not memory:
             return instead, state                   # nothing to see, nothing to remember
         with self.autocast():
-            z = self.vqvae.embed(self.vqvae.encode(self.to_device(observations)))
+            z = self.embed(self.vqvae.encode(self.to_device(observations)))
             if memory and state is None:
                 state = self.dynamics.initial_state(len(z))
             if instead is None:
@@ -990,6 +1000,8 @@ def warm_up(run):
         lr = c.warmup_lr + (c.warmup_lr_end - c.warmup_lr) * done
         foreground = c.foreground * 0.1 ** min(max((done - 0.5) / 0.4, 0), 1)
         run.add(run.models.vqvae_update(x, lr, foreground, c.revive_codes), update)
+    if c.whiten:
+        run.models.whitening.fit(run.models.vqvae.codebook.codes)
     run.finish_stage("world_model")
 
 
@@ -1257,7 +1269,7 @@ def open_loop(models, codes, actions, context=4, temperature=1.0):
     state, dreamed, rewards = models.dynamics.initial_state(len(codes)), [codes[:, 0]], []
     with models.autocast():
         for t in range(codes.shape[1] - 1):
-            z = models.vqvae.embed(dreamed[t])
+            z = models.embed(dreamed[t])
             following, reward, _, state = dream_step(models.dynamics, z, actions[:, t], state,
                                                      temperature)
             dreamed.append(codes[:, t + 1] if t + 1 < context else following)

@@ -241,6 +241,41 @@ class Codebook(nn.Module):
         self.usage.copy_(torch.where(unused, usage, self.usage))
 
 
+class Whitening(nn.Module):
+    """A fixed linear map of code vectors after which the codes vary alike in all directions (ours).
+
+    A trained codebook is badly conditioned: a few of the 32 directions hold most of its variance,
+    and what only the others tell apart hardly counts in a freshly initialised layer. Turning and
+    scaling takes nothing away: any first layer on the codes is one on the whitened codes too.
+
+    ridge: share of the mean variance that is added in every direction,
+    so that the emptiest aren't blown up without end.
+    """
+
+    def __init__(self, code_dim=32, ridge=1e-3):
+        super().__init__()
+        self.ridge = ridge
+        self.register_buffer("mean", torch.zeros(code_dim))                      # [D]
+        self.register_buffer("matrix", torch.eye(code_dim))                      # W  [D, D]
+
+    @torch.no_grad()
+    def fit(self, codes):
+        """Makes the covariance of these codes [K, D], each counted once, as good as the identity;
+        elements keep a mean square of exactly 1.
+        """
+        self.mean.copy_(codes.mean(0))
+        centred = codes - self.mean
+        variances, directions = torch.linalg.eigh(centred.T @ centred / len(codes))
+        scales = (variances + self.ridge * variances.mean()).rsqrt()
+        self.matrix.copy_(directions * scales @ directions.T)
+        self.matrix /= (centred @ self.matrix).square().mean().sqrt()
+
+    def forward(self, z):
+        """Embedded codes [B,D,6,6] -> the same whitened, float32 [B,D,6,6]."""
+        with full_precision(z.device):
+            return torch.einsum("bdhw,de->behw", z - self.mean[:, None, None], self.matrix)
+
+
 class VQVAE(nn.Module):
     """Observation encoder p(z | x) and decoder p(x | z) of Table 1.
 
