@@ -463,7 +463,8 @@ def plot(groups, path):
 
     Mean over seeds with its standard deviation, the best seed (by its final score), and the
     published final means as horizontal lines. A run that stopped early is a line of its own.
-    Line styles, hatches and markers tell everything apart without colour.
+    Line styles, hatches and markers tell everything apart without colour; what differs from a
+    preset stands below, with the numbers that --markdown's table gives it.
     """
     import matplotlib
     matplotlib.use("Agg")
@@ -472,18 +473,19 @@ def plot(groups, path):
     columns = min(len(games), 3)
     lines = -(-len(games) // columns)
     figure, axes = plt.subplots(lines, columns, figsize=(5.2 * columns, 4.8 * lines), squeeze=False)
+    notes = []
+    variants = [variant(group[0], notes) for group in groups]
     for ax in axes.flat[len(games):]:
         ax.axis("off")
     for ax, game in zip(axes.flat, games):
-        mine = [group for group in groups if group[0]["game"] == game]
+        mine = [pair for pair in zip(groups, variants) if pair[0][0]["game"] == game]
         looks = zip("C0 C1 C2 C4".split() * len(mine), ("-", "--", "-.", ":") * len(mine),
                     ("//", "\\\\", "..", "xx") * len(mine))
-        for group in mine:
+        for group, name in mine:
             x, scores = curves(group)
             is_free = group[0]["preset"] == "ppo"
-            name = "model-free PPO in training" if is_free else f"preset {group[0]['preset']}"
-            if changed := changes(group[0]):
-                name += f" ({changed[0] if len(changed) == 1 else f'{len(changed)} changes'})"
+            name = (f"model-free PPO{name.removeprefix('ppo')} in training" if is_free
+                    else f"preset {name}")
             if not group[0]["finished"]:
                 ax.plot(x, scores.T, ":", color="0.5", marker="x", markersize=4,
                         label=f"{name}, seed {group[0]['seed']}, stopped early")
@@ -511,6 +513,8 @@ def plot(groups, path):
         ax.set_ylabel("score of an episode")
         ax.grid(alpha=0.3)
         ax.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+    figure.supxlabel("\n".join(f"[{i}] {text}" for i, text in enumerate(notes, 1)), x=0.01,
+                     ha="left", fontsize=8)
     figure.tight_layout()
     data = io.BytesIO()
     figure.savefig(data, format=pathlib.Path(path).suffix[1:], dpi=100)

@@ -371,21 +371,19 @@ def test_whitened_codes_vary_alike_in_all_directions():
     torch.manual_seed(0)
     codes = torch.randn(128, 32) * torch.logspace(0, -2, 32) @ torch.randn(32, 32) + 3
     assert np.linalg.cond(np.cov(codes.numpy(), rowvar=False)) > 1e4
-    whitening, z = Whitening(ridge=1e-12).double(), codes.double().view(8, 16, 32).mT[..., None]
-    assert torch.equal(whitening(z), z)                              # before fit it does nothing
-    whitening.fit(codes.double())
-    white = whitening(z)[..., 0].mT.reshape(128, 32).numpy()
+    whitening, exact = Whitening().double(), codes.double()
+    assert torch.equal(whitening(exact), exact)                      # before fit it does nothing
+    whitening.fit(exact, ridge=1e-12)
+    white = whitening(exact).numpy()
     np.testing.assert_allclose(np.cov(white, rowvar=False, bias=True), np.eye(32), atol=1e-6)
     np.testing.assert_allclose(white.mean(0), 0, atol=1e-6)
     whitening = Whitening()
     whitening.fit(codes)
-    z = codes.view(8, 16, 32).mT[..., None]
     expected = (codes - codes.mean(0)) @ whitening.matrix
     assert expected.square().mean() == pytest.approx(1, rel=1e-4)
     assert np.linalg.cond(np.cov(expected.numpy(), rowvar=False)) < 1000
     with torch.autocast("cpu", torch.bfloat16):
-        white = whitening(z)[..., 0].mT.reshape(128, 32)
-    torch.testing.assert_close(white, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(whitening(codes), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_codebook_moves_in_training_only():
@@ -1440,8 +1438,10 @@ def test_whiten_changes_what_dynamics_and_policy_see(monkeypatch):
     assert set(models.networks()) == {"vqvae", "whitening", "dynamics", "policy"}
     models.whitening.fit(models.vqvae.codebook.codes)
     codes, seen = torch.randint(128, (3, 6, 6)), {"dynamics": [], "policy": []}
-    expected = models.whitening(models.vqvae.embed(codes))
-    assert torch.equal(models.embed(codes), expected)
+    mean, matrix = models.whitening.mean, models.whitening.matrix
+    centred = models.vqvae.embed(codes) - mean[:, None, None]
+    expected = torch.einsum("bdhw,de->behw", centred, matrix)
+    torch.testing.assert_close(models.embed(codes), expected, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(expected, models.vqvae.embed(codes), atol=0.1)
     table = models.embed(torch.arange(128).view(-1, 1, 1))[..., 0, 0]
     for name, module in (("dynamics", models.dynamics.cell1), ("policy", models.policy)):
@@ -1458,7 +1458,7 @@ def test_whiten_changes_what_dynamics_and_policy_see(monkeypatch):
         assert torch.cdist(vectors, table).min(1).values.max() < 0.02, name
     monkeypatch.setattr(evaluate, "load_models", lambda *a: (models, models.config, 0))
     monkeypatch.setattr(evaluate, "moments", lambda *a: (codes, None))
-    assert torch.equal(evaluate.dream_env("", num_envs=2).embed(codes), expected)
+    assert torch.equal(evaluate.dream_env("", num_envs=2).embed(codes), models.embed(codes))
 
 
 def collected(env, iteration, steps, act=None, **settings):
@@ -2301,6 +2301,25 @@ def test_plot_draws_figure_4(tmp_path, capsys, monkeypatch):
     assert_main_refuses("there is no folder", evaluate.main, runs[0], "--plot", nowhere)
     new = made_up_run(tmp_path / "new", "Pong", 1, None, rows=0)
     assert_main_refuses("nothing to plot", evaluate.main, new, "--plot", picture)
+
+
+def test_plot_names_what_differs_from_a_preset_as_the_table_does(tmp_path, capsys, monkeypatch):
+    """Two settings with as many changes are told apart, by the marks of --markdown's table."""
+    made_up_run(tmp_path, "Breakout", 0, [1.0])
+    made_up_run(tmp_path, "Breakout", 1, [1.0], scale=0.5, whiten=True)
+    made_up_run(tmp_path, "Freeway", 0, [1.0], scale=0.25, whiten=True)
+    made_up_run(tmp_path, "Freeway", 1, [1.0], scale=0.5, whiten=True)
+    runs, drawn = sorted(tmp_path.iterdir()), {}
+    monkeypatch.setattr(matplotlib.pyplot, "close", lambda figure: drawn.update(figure=figure))
+    judged(capsys, *runs, "--plot", tmp_path / "a.png")
+    text, table = drawn["figure"].get_supxlabel(), judged(capsys, *runs, "--markdown")
+    assert len(text.splitlines()) == 2
+    for game, axis in zip(("Breakout", "Freeway"), drawn["figure"].axes):
+        for scale in ("0.5", "0.25") if game == "Freeway" else ("0.5",):
+            mark = re.search(rf"(\[\d\]) small with scale={scale}, whiten=True", text).group(1)
+            assert f"{mark} small with `scale={scale}`, `whiten=True`" in table
+            assert f"| {game} | small {mark} |" in table
+            assert f"preset small {mark}, one seed" in [x.get_label() for x in axis.lines]
 
 
 def test_open_loop_dreams_each_stretch_as_if_it_were_alone():

@@ -312,8 +312,9 @@ class Models:
 
     def embed(self, codes):
         """Codes int64 [B, 6, 6] -> what dynamics and policy see of them, float32 [B, D, 6, 6]."""
-        z = self.vqvae.embed(codes)
-        return z if self.whitening is None else self.whitening(z)
+        if self.whitening is None:
+            return self.vqvae.embed(codes)
+        return self.whitening(self.vqvae.codebook.codes)[codes].permute(0, 3, 1, 2)
 
     def autocast(self, cache=True):
         """bfloat16 where it is fast. The cache keeps the cast weights until the context ends: it

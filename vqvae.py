@@ -246,34 +246,34 @@ class Whitening(nn.Module):
 
     A trained codebook is badly conditioned: a few of the 32 directions hold most of its variance,
     and what only the others tell apart hardly counts in a freshly initialised layer. Turning and
-    scaling takes nothing away: any first layer on the codes is one on the whitened codes too.
-
-    ridge: share of the mean variance that is added in every direction,
-    so that the emptiest aren't blown up without end.
+    scaling takes nothing away: what a layer can compute from the codes it can from the whitened
+    codes too, with other weights. (But zeros around a padded map are now the mean of the codes.)
     """
 
-    def __init__(self, code_dim=32, ridge=1e-3):
+    def __init__(self, code_dim=32):
         super().__init__()
-        self.ridge = ridge
         self.register_buffer("mean", torch.zeros(code_dim))                      # [D]
         self.register_buffer("matrix", torch.eye(code_dim))                      # W  [D, D]
 
     @torch.no_grad()
-    def fit(self, codes):
+    def fit(self, codes, ridge=1e-3):
         """Makes the covariance of these codes [K, D], each counted once, as good as the identity;
         elements keep a mean square of exactly 1.
+
+        ridge: share of the mean variance that is added in every direction,
+        so that the emptiest aren't blown up without end.
         """
         self.mean.copy_(codes.mean(0))
         centred = codes - self.mean
         variances, directions = torch.linalg.eigh(centred.T @ centred / len(codes))
-        scales = (variances + self.ridge * variances.mean()).rsqrt()
+        scales = (variances + ridge * variances.mean()).rsqrt()
         self.matrix.copy_(directions * scales @ directions.T)
         self.matrix /= (centred @ self.matrix).square().mean().sqrt()
 
-    def forward(self, z):
-        """Embedded codes [B,D,6,6] -> the same whitened, float32 [B,D,6,6]."""
-        with full_precision(z.device):
-            return torch.einsum("bdhw,de->behw", z - self.mean[:, None, None], self.matrix)
+    def forward(self, codes):
+        """Code vectors [K, D] -> the same whitened, float32 [K, D]."""
+        with full_precision(codes.device):
+            return (codes - self.mean) @ self.matrix
 
 
 class VQVAE(nn.Module):
