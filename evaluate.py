@@ -296,6 +296,11 @@ def footnote(notes, text):
     return f" [{notes.index(text) + 1}]"
 
 
+def numbered(notes):
+    """The notes as lines, each after the number that `footnote` gave it."""
+    return [f"[{i}] {text}" for i, text in enumerate(notes, 1)]
+
+
 def variant(run, notes, quote=""):
     """The preset of a run or a row, with the mark of a footnote that says what differs from it."""
     if not run["changed"]:
@@ -351,7 +356,7 @@ def table(groups):
     titles = " | ".join((above("", 0, 5), above("ours", 5, 9), above("paper, published", 9, 12),
                          above("SimPLe, published", 12, 15), "PPO 100K, published"))
     lines = [titles, *map(ruled, [header, *body])]
-    lines += [f"[{i}] {text}" for i, text in enumerate(notes, 1)]
+    lines += numbered(notes)
     lines.append("Ours: each run is the mean of its episodes; mean, standard deviation, median and "
                  "best over runs.\nhuman: (mean - random) / (human - random). Published: Tables 4 "
                  "and 5 of the paper, five runs each.")
@@ -433,7 +438,7 @@ def markdown(groups):
             row["game"], variant(row, notes, "`"), runs, mean,
             "-" if human is None else f"{human:.3f}", with_std(mine.get("mean"), mine.get("std")),
             figure(random), *(with_std(*column[:2]) for column in (paper, simple, ppo)))) + " |")
-    lines += [""] + [f"[{i}] {text}  " for i, text in enumerate(notes, 1)] + [""] * bool(notes)
+    lines += [""] + [f"{note}  " for note in numbered(notes)] + [""] * bool(notes)
 
     stages = [stage.replace("_", " ") for stage in STAGES]
     lines += ["| run | h:mm:ss | " + " | ".join(stages) + " | peak memory, MB |", "|---" * 8 + "|"]
@@ -513,8 +518,7 @@ def plot(groups, path):
         ax.set_ylabel("score of an episode")
         ax.grid(alpha=0.3)
         ax.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16))
-    figure.supxlabel("\n".join(f"[{i}] {text}" for i, text in enumerate(notes, 1)), x=0.01,
-                     ha="left", fontsize=8)
+    figure.supxlabel("\n".join(numbered(notes)), x=0.01, ha="left", fontsize=8)
     figure.tight_layout()
     data = io.BytesIO()
     figure.savefig(data, format=pathlib.Path(path).suffix[1:], dpi=100)
