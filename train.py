@@ -69,7 +69,8 @@ class Config:
     out: str = setting("runs", "folder in which the run's own folder is made")
     checkpoint_minutes: float = setting(4.0, "save at least this often: no more work can be lost")
     bf16: bool = setting(True, "bfloat16 if the hardware computes in it (ours: same sizes, faster)")
-    compile: bool = setting(False, "compile dynamics update and dream step, CUDA graphs (ours)")
+    compile: bool = setting(False, "fuse kernels of dynamics update and dream step (ours: faster)")
+    cuda_graphs: bool = setting(True, "on CUDA updates are recorded and replayed (ours: faster)")
     scale: float = setting(1.0, "multiplies all numbers of updates: more time, or less (ours)")
 
     # Real experience
@@ -173,8 +174,8 @@ PRESETS = {
         eval_episodes=1, final_episodes=1),
 }
 # What may change when a run is resumed, with --override: where it runs, how often it is judged.
-MAY_CHANGE = ("device", "checkpoint_minutes", "bf16", "compile", "eval_episodes",
-              "final_episodes")
+MAY_CHANGE = ("device", "checkpoint_minutes", "bf16", "compile", "cuda_graphs",
+              "eval_episodes", "final_episodes")
 STAGES = ("collect", "warm_up", "world_model", "policy", "evaluate")
 SCHEMA = 1                                          # of the checkpoint, and what is in it:
 STATE = {"schema", "config", "iteration", "stage", "update", "networks", "optimizers", "torch_rng",
@@ -245,22 +246,62 @@ def has_bf16(device):
 # --------------------------------------------------------------------------------------------------
 
 
-def one_graph(function):
-    """The function compiled into a single graph. On CUDA it is recorded once and then replayed
-    (CUDA graphs), which writes over the results of the call before: so copies are handed out.
+def each_tensor(function, nested):
+    """The same nesting of tuples and dicts, with function(tensor) in place of each tensor."""
+    if isinstance(nested, torch.Tensor):
+        return function(nested)
+    if isinstance(nested, dict):
+        return {k: each_tensor(function, v) for k, v in nested.items()}
+    if isinstance(nested, (tuple, list)):
+        return tuple(each_tensor(function, v) for v in nested)
+    return nested
+
+
+def copy_tensors(new, old):
+    """Copies each tensor of one nesting into that of another at the same place."""
+    tensors = []
+    each_tensor(tensors.append, new)
+    each_tensor(lambda t: t.copy_(tensors.pop(0)), old)
+
+
+class Replayed:
+    """A function of tensors, recorded as a CUDA graph and then replayed.
+
+    An update is thousands of small kernels. To launch one costs the CPU more than the GPU needs to
+    compute it; a recorded update is launched as a whole. What a graph does is fixed: it reads and
+    writes the same memory each time, and whatever was not a tensor is a constant in it. So the
+    function may depend on its arguments, on memory that stays where it is (weights, buffers,
+    optimiser state: all changed in place) and on torch's generator, and on nothing else; numbers
+    that change from call to call must come as tensors. Arguments of other shapes, or with other
+    numbers among them, get a graph of their own.
+
+    The first call just computes, which also creates what is created once (optimiser state,
+    libraries' workspaces); the second records, which computes nothing, and replays; the others
+    replay. Their results are copies: a replay writes over those of the replay before.
     """
-    compiled = torch.compile(function, fullgraph=True, dynamic=False, mode="reduce-overhead")
 
-    def copied(value):
-        if isinstance(value, dict):
-            return {k: copied(v) for k, v in value.items()}
-        return value.clone() if isinstance(value, torch.Tensor) else tuple(map(copied, value))
+    def __init__(self, function):
+        self.function, self.graphs = function, {}
 
-    def call(*arguments):
-        torch.compiler.cudagraph_mark_step_begin()
-        return copied(compiled(*arguments))
-
-    return call
+    def __call__(self, *arguments):
+        key = each_tensor(lambda t: (t.shape, t.dtype), arguments)
+        if key not in self.graphs:
+            self.graphs[key] = None
+            stream = torch.cuda.Stream()            # CUDA wants a side stream before a recording
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                results = self.function(*arguments)
+            torch.cuda.current_stream().wait_stream(stream)
+            return results
+        if self.graphs[key] is None:
+            graph, inputs = torch.cuda.CUDAGraph(), each_tensor(torch.clone, arguments)
+            with torch.cuda.graph(graph):
+                outputs = self.function(*inputs)
+            self.graphs[key] = graph, inputs, outputs
+        graph, inputs, outputs = self.graphs[key]
+        copy_tensors(arguments, inputs)
+        graph.replay()
+        return each_tensor(torch.clone, outputs)
 
 
 class Models:
@@ -280,9 +321,12 @@ class Models:
         # The learner learns, in dreams; the policy, which acts in the game, is the same network or
         # the moving average of it.
         self.learner = copy.deepcopy(self.policy) if config.policy_average else self.policy
+        self.graphs = config.cuda_graphs and self.device.type == "cuda"
+        self.replayed = {}                      # name of a function: its Replayed
         self.dynamics_loss, self.imagine = self.dynamics.loss, imagine
         if config.compile:
-            self.dynamics_loss, self.imagine = one_graph(self.dynamics.loss), one_graph(imagine)
+            self.dynamics_loss = torch.compile(self.dynamics.loss, fullgraph=True, dynamic=False)
+            self.imagine = torch.compile(imagine, fullgraph=True, dynamic=False)
         self.foreground = torch.zeros(256, 96, 96, dtype=torch.bool, device=self.device)
         self.vqvae.eval()                       # train() only around its own updates: batch norms
         # The reward loss is scaled down by reward_weight for the trunk's sake. Adam divides the
@@ -290,18 +334,22 @@ class Models:
         heads = ("reward_head.", "end_head.")
         head, trunk = ([p for name, p in self.dynamics.named_parameters()
                         if name.startswith(heads) == is_head] for is_head in (True, False))
-        fused = self.device.type in ("cpu", "cuda")
+        fast = dict(fused=self.device.type in ("cpu", "cuda"), capturable=self.graphs)
         self.optimizers = {
-            "vqvae": torch.optim.Adam(self.vqvae.parameters(), lr=config.vqvae_lr, fused=fused),
+            "vqvae": torch.optim.Adam(self.vqvae.parameters(), lr=config.vqvae_lr, **fast),
             "dynamics": torch.optim.AdamW([     # Adam, where weight_decay is 0
                 {"params": trunk, "lr": config.dynamics_lr, "weight_decay": config.weight_decay},
                 {"params": head, "lr": config.reward_lr, "weight_decay": config.head_decay,
-                 "eps": 1e-8 * config.reward_weight}], fused=fused),
+                 "eps": 1e-8 * config.reward_weight}], **fast),
             # eps as in PPO's reference code: with 1e-8 Adam's first steps, all of full size, can
             # throw the critic off and with it, through the shared trunk, the policy.
             "policy": torch.optim.Adam(self.learner.parameters(), lr=config.policy_lr, eps=1e-5,
-                                       fused=fused),
+                                       **fast),
         }
+        if self.graphs:                         # a number would be a constant in a recorded update
+            for optimizer in self.optimizers.values():
+                for group in optimizer.param_groups:
+                    group["lr"] = torch.tensor(group["lr"], device=self.device)
 
     def networks(self):
         networks = {"vqvae": self.vqvae, "whitening": self.whitening, "dynamics": self.dynamics,
@@ -334,7 +382,8 @@ class Models:
         if self.config.vqvae_width < 1:
             torch.set_num_threads(1)
         try:
-            with self.autocast():
+            # A replayed graph casts them itself: it must not read copies that are gone later.
+            with contextlib.nullcontext() if self.graphs else self.autocast():
                 yield
         finally:
             torch.set_num_threads(threads)
@@ -371,6 +420,20 @@ class Models:
             return torch.cat([self.vqvae.encode(self.observations(buffer, part)).to(torch.uint8)
                               for part in np.array_split(rows, -(-len(rows) // 256))])
 
+    def launch(self, function, *arguments):
+        """function(*arguments), on CUDA `Replayed`."""
+        if not self.graphs:
+            return function(*arguments)
+        return self.replayed.setdefault(function.__name__, Replayed(function))(*arguments)
+
+    def set_rates(self, name, *rates):
+        """Learning rates of an optimiser's parameter groups."""
+        for group, rate in zip(self.optimizers[name].param_groups, rates):
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+
     def step(self, name, loss):
         self.optimizers[name].zero_grad()
         loss.backward()
@@ -380,10 +443,19 @@ class Models:
         """One gradient step of the VQ-VAE on observations uint8 [B, 4, 96, 96]
         -> parts of its loss.
         """
-        self.optimizers["vqvae"].param_groups[0]["lr"] = lr
-        weight = None
-        if foreground or self.config.newest != 1:
-            weight = foreground_weight(x, self.foreground, foreground, self.config.newest)
+        self.set_rates("vqvae", lr)
+        return self.launch(self.vqvae_step, x, *self.weighting(foreground), revive)
+
+    def weighting(self, foreground):
+        """What weighs pixels, if anything does: foreground values, extra weight (a scalar)."""
+        if not foreground and self.config.newest == 1:
+            return None, None
+        return self.foreground, torch.full((), foreground, device=self.device)
+
+    def vqvae_step(self, x, foreground, weight, revive):
+        """vqvae_update, on the device."""
+        if foreground is not None:
+            weight = foreground_weight(x, foreground, weight, self.config.newest)
         self.vqvae.train()
         with self.autocast():
             loss, parts = self.vqvae.loss(x, revive, weight)
@@ -405,21 +477,26 @@ class Models:
         lr, head_lr: learning rates of the cells with the head for codes, of the other heads (None:
         reward_lr).
         """
+        self.set_rates("vqvae", self.config.vqvae_lr)
+        self.set_rates("dynamics", lr, self.config.reward_lr if head_lr is None else head_lr)
+        return self.launch(self.world_model_step, x, actions, rewards, ends, context,
+                           vqvae_rows, terminated, window_weight,
+                           *self.weighting(0.1 * self.config.foreground))
+
+    def world_model_step(self, x, actions, rewards, ends, context, vqvae_rows, terminated,
+                         window_weight, foreground, foreground_weight):
+        """world_model_update, on the device."""
         B, L = x.shape[:2]
         flat = x.flatten(0, 1)
         parts = {}
         if vqvae_rows is not None:
-            parts = self.vqvae_update(flat[vqvae_rows], self.config.vqvae_lr,
-                                      0.1 * self.config.foreground)
+            parts = self.vqvae_step(flat[vqvae_rows], foreground, foreground_weight, False)
         with self.autocast():
             # Targets move with the VQ-VAE (3.4).
             codes = x if x.ndim == 4 else self.vqvae.encode(flat).view(B, L, 6, 6)
             loss, dynamics_parts = self.dynamics_loss(
                 codes, actions, rewards, ends, self.embed, context, self.config.reward_weight,
                 terminated, window_weight)
-        rates = (lr, self.config.reward_lr if head_lr is None else head_lr)
-        for group, rate in zip(self.optimizers["dynamics"].param_groups, rates):
-            group["lr"] = rate
         self.step("dynamics", loss)
         return parts | dynamics_parts
 
@@ -449,6 +526,10 @@ class Models:
         """Dreams from codes int64 [B, 6, 6], with what the dynamics remembers there
         (None: nothing), then PPO on what was dreamed -> parts.
         """
+        return self.launch(self.policy_step, codes, state)
+
+    def policy_step(self, codes, state):
+        """policy_update, on the device."""
         c = self.config
         with self.autocast():
             rollout = dream(self.dynamics, self.embed, self.learner, codes, c.dream_steps,
@@ -479,20 +560,26 @@ class Models:
         an episode, and always without policy_memory.
         instead: int64 numpy [B], actions to take instead of the policy's.
         """
+        if instead is not None:
+            if not self.config.policy_memory:
+                return instead, state               # nothing to see, nothing to remember
+            instead = self.to_device(instead)
+        actions, state = self.launch(self.choose, self.to_device(observations), temperature, state,
+                                   instead)
+        return actions.cpu().numpy(), state
+
+    def choose(self, observations, temperature, state, actions):
+        """act, on the device."""
         memory = self.config.policy_memory
-        if instead is not None and not memory:
-            return instead, state                   # nothing to see, nothing to remember
         with self.autocast():
-            z = self.embed(self.vqvae.encode(self.to_device(observations)))
+            z = self.embed(self.vqvae.encode(observations))
             if memory and state is None:
                 state = self.dynamics.initial_state(len(z))
-            if instead is None:
+            if actions is None:
                 actions = sample(self.policy(policy_input(z, state, memory))[0], temperature)
-            else:
-                actions = self.to_device(instead)
             if memory:
                 state = self.dynamics(z, actions, state)[2]
-        return actions.cpu().numpy(), state
+        return actions, state
 
 
 def still_playing(state, over):
@@ -648,7 +735,11 @@ class Run:
             for name, network in self.models.networks().items():
                 network.load_state_dict(state["networks"][name])
             for name, optimizer in self.models.optimizers.items():
+                here = [{k: group[k] for k in ("lr", "capturable")}     # as this device has them
+                        for group in optimizer.param_groups]
                 optimizer.load_state_dict(state["optimizers"][name])
+                for group, ours in zip(optimizer.param_groups, here):
+                    group |= ours
             self.iteration, self.stage, self.update = (state["iteration"], state["stage"],
                                                        state["update"])
             self.sums = {k: v.to(self.device) for k, v in state["sums"].items()}
@@ -1428,8 +1519,9 @@ def measure_rates(config, num_actions):
     models, seconds = Models(config, num_actions), {}
     buffer, emulator = played_at_random(config.game, 200 + config.window)
     for name, (units, job) in stage_jobs(config, models, buffer).items():
-        if name != "policy":
-            job()                                   # the first call of each pays for one-time work
+        # The first calls of each pay for one-time work.
+        for _ in range(2 if models.graphs else name != "policy"):
+            job()
         seconds[name] = seconds_of(job, models.device) / units
     return rates_from(seconds, config, emulator)
 
@@ -1448,11 +1540,17 @@ def benchmark(config):
               f"large matrix products: {rate:.0f} GFLOP/s")
         print(f"{'one update of':18s} {'GFLOP':>8s} {'ms':>9s} {'GFLOP/s':>8s} {'of matmul':>9s}")
         run.buffer, emulator = played_at_random(config.game, 2500 + config.window)
-        seconds = {}
+        seconds, plain = {}, run.models
+        if config.compile or run.models.graphs:     # in which one can't count
+            plain = Models(dataclasses.replace(config, compile=False, cuda_graphs=False),
+                           run.env.num_actions)
+        to_count = stage_jobs(config, plain, run.buffer)
         for name, (units, job) in stage_jobs(config, run.models, run.buffer).items():
             with FlopCounterMode(display=False) as counter:
-                job()
+                to_count[name][1]()
             gflop = counter.get_total_flops() / units / 1e9
+            for _ in range(2 if plain is not run.models else 0):
+                job()                               # computes, or compiles; is recorded
             repeats = max(3, min(30, int(12 / max(seconds_of(job, device), 1e-3))))
             seconds[name] = float(np.median([seconds_of(job, device)
                                              for _ in range(repeats)])) / units
