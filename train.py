@@ -484,13 +484,13 @@ class Models:
                            *self.weighting(0.1 * self.config.foreground))
 
     def world_model_step(self, x, actions, rewards, ends, context, vqvae_rows, terminated,
-                         window_weight, foreground, foreground_weight):
+                         window_weight, foreground, extra_weight):
         """world_model_update, on the device."""
         B, L = x.shape[:2]
         flat = x.flatten(0, 1)
         parts = {}
         if vqvae_rows is not None:
-            parts = self.vqvae_step(flat[vqvae_rows], foreground, foreground_weight, False)
+            parts = self.vqvae_step(flat[vqvae_rows], foreground, extra_weight, False)
         with self.autocast():
             # Targets move with the VQ-VAE (3.4).
             codes = x if x.ndim == 4 else self.vqvae.encode(flat).view(B, L, 6, 6)
