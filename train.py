@@ -1516,6 +1516,8 @@ def rates_from(seconds, config, emulator, episode=1500):
 
 def measure_rates(config, num_actions):
     """A first guess at seconds per unit of work of each stage, in a few seconds."""
+    if config.compile:
+        print("compiling, which takes a minute or two", file=sys.stderr, flush=True)
     models, seconds = Models(config, num_actions), {}
     buffer, emulator = played_at_random(config.game, 200 + config.window)
     for name, (units, job) in stage_jobs(config, models, buffer).items():
