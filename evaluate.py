@@ -462,6 +462,11 @@ def curves(group):
     return np.array(points, int), np.array([[run[x] for x in points] for run in runs])
 
 
+# Line styles and hatches of curves.
+LOOKS = (("-", "//"), ("--", "\\\\"), ("-.", ".."), (":", "xx"), ((0, (8, 2, 1, 2, 1, 2)), "oo"),
+         ((0, (3, 1, 1, 1)), "||"))
+
+
 def plot(groups, path):
     """Figure 4: score against real interactions, one panel per game. With runs of ppo.py also
     Figure 5: model-free PPO beside it.
@@ -480,22 +485,24 @@ def plot(groups, path):
     figure, axes = plt.subplots(lines, columns, figsize=(5.2 * columns, 4.8 * lines), squeeze=False)
     notes = []
     variants = [variant(group[0], notes) for group in groups]
+    # The same settings look alike in all panels; from the seventh on it takes colour to tell.
+    names, n = dict.fromkeys(name for name in variants if not name.startswith("ppo")), len(LOOKS)
+    looks = {name: (f"C{'012456'[(i + i // n) % n]}", *LOOKS[i % n])
+             for i, name in enumerate(names)}
     for ax in axes.flat[len(games):]:
         ax.axis("off")
     for ax, game in zip(axes.flat, games):
         mine = [pair for pair in zip(groups, variants) if pair[0][0]["game"] == game]
-        looks = zip("C0 C1 C2 C4".split() * len(mine), ("-", "--", "-.", ":") * len(mine),
-                    ("//", "\\\\", "..", "xx") * len(mine))
         for group, name in mine:
             x, scores = curves(group)
             is_free = group[0]["preset"] == "ppo"
+            color, line, hatch = ("C3", (0, (1, 1)), "++") if is_free else looks[name]
             name = (f"model-free PPO{name.removeprefix('ppo')} in training" if is_free
                     else f"preset {name}")
             if not group[0]["finished"]:
                 ax.plot(x, scores.T, ":", color="0.5", marker="x", markersize=4,
                         label=f"{name}, seed {group[0]['seed']}, stopped early")
                 continue
-            color, line, hatch = next(looks) if not is_free else ("C3", (0, (1, 1)), "++")
             mean, std, n = scores.mean(0), scores.std(0), len(group)
             ax.plot(x, mean, linestyle=line, color=color, linewidth=2.5,
                     label=f"{name}, mean of {n} seeds" if n > 1 else f"{name}, one seed")

@@ -2384,6 +2384,20 @@ def test_plot_names_what_differs_from_a_preset_as_the_table_does(tmp_path, capsy
             assert f"preset small {mark}, one seed" in [x.get_label() for x in axis.lines]
 
 
+def test_plot_gives_each_setting_a_look_of_its_own(tmp_path, monkeypatch):
+    """More settings than line styles: no two curves look the same, the same settings always do."""
+    for seed in range(14):
+        for game in ("Breakout", "Freeway")[seed % 2:]:
+            made_up_run(tmp_path, game, seed, [1.0], scale=(seed + 1) / 2)
+    drawn = {}
+    monkeypatch.setattr(matplotlib.pyplot, "close", lambda figure: drawn.update(figure=figure))
+    evaluate.main([*map(str, sorted(tmp_path.iterdir())), "--plot", str(tmp_path / "a.png")])
+    seen = [{line.get_label(): (line.get_color(), str(line._dash_pattern)) for line in axis.lines
+             if line.get_label().startswith("preset")} for axis in drawn["figure"].axes[:2]]
+    assert [len(looks) for looks in seen] == [7, 14] == [len(set(s.values())) for s in seen]
+    assert seen[0].items() <= seen[1].items()
+
+
 def test_open_loop_dreams_each_stretch_as_if_it_were_alone():
     """Dream fidelity: 4 observations seen, then every step from the one before, by plain loops."""
     models = certain_models()
