@@ -486,14 +486,16 @@ def plot(groups, path):
     notes = []
     variants = [variant(group[0], notes) for group in groups]
     # The same settings look alike in all panels; from the seventh on it takes colour to tell.
-    names, n = dict.fromkeys(name for name in variants if not name.startswith("ppo")), len(LOOKS)
-    looks = {name: (f"C{'012456'[(i + i // n) % n]}", *LOOKS[i % n])
-             for i, name in enumerate(names)}
+    looks = {}
+    for i, name in enumerate(dict.fromkeys(v for v in variants if not v.startswith("ppo"))):
+        turn, place = divmod(i, len(LOOKS))
+        looks[name] = (f"C{'012456'[(place + turn) % 6]}", *LOOKS[place])
     for ax in axes.flat[len(games):]:
         ax.axis("off")
     for ax, game in zip(axes.flat, games):
-        mine = [pair for pair in zip(groups, variants) if pair[0][0]["game"] == game]
-        for group, name in mine:
+        for group, name in zip(groups, variants):
+            if group[0]["game"] != game:
+                continue
             x, scores = curves(group)
             is_free = group[0]["preset"] == "ppo"
             color, line, hatch = ("C3", (0, (1, 1)), "++") if is_free else looks[name]
