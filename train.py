@@ -477,11 +477,13 @@ class Models:
         lr, head_lr: learning rates of the cells with the head for codes, of the other heads (None:
         reward_lr).
         """
-        self.set_rates("vqvae", self.config.vqvae_lr)
+        weighting = None, None
+        if vqvae_rows is not None:
+            self.set_rates("vqvae", self.config.vqvae_lr)
+            weighting = self.weighting(0.1 * self.config.foreground)
         self.set_rates("dynamics", lr, self.config.reward_lr if head_lr is None else head_lr)
         return self.launch(self.world_model_step, x, actions, rewards, ends, context,
-                           vqvae_rows, terminated, window_weight,
-                           *self.weighting(0.1 * self.config.foreground))
+                           vqvae_rows, terminated, window_weight, *weighting)
 
     def world_model_step(self, x, actions, rewards, ends, context, vqvae_rows, terminated,
                          window_weight, foreground, extra_weight):
@@ -1542,16 +1544,17 @@ def benchmark(config):
               f"large matrix products: {rate:.0f} GFLOP/s")
         print(f"{'one update of':18s} {'GFLOP':>8s} {'ms':>9s} {'GFLOP/s':>8s} {'of matmul':>9s}")
         run.buffer, emulator = played_at_random(config.game, 2500 + config.window)
-        seconds, plain = {}, run.models
+        seconds, jobs = {}, stage_jobs(config, run.models, run.buffer)
+        to_count, again = jobs, 0
         if config.compile or run.models.graphs:     # in which one can't count
             plain = Models(dataclasses.replace(config, compile=False, cuda_graphs=False),
                            run.env.num_actions)
-        to_count = stage_jobs(config, plain, run.buffer)
-        for name, (units, job) in stage_jobs(config, run.models, run.buffer).items():
+            to_count, again = stage_jobs(config, plain, run.buffer), 2
+        for name, (units, job) in jobs.items():
             with FlopCounterMode(display=False) as counter:
                 to_count[name][1]()
             gflop = counter.get_total_flops() / units / 1e9
-            for _ in range(2 if plain is not run.models else 0):
+            for _ in range(again):
                 job()                               # computes, or compiles; is recorded
             repeats = max(3, min(30, int(12 / max(seconds_of(job, device), 1e-3))))
             seconds[name] = float(np.median([seconds_of(job, device)
