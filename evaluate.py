@@ -35,7 +35,7 @@ from dynamics import DreamEnv, dream, policy_input, reward_class, sample
 from train import (MAY_CHANGE, PRESETS, PROTOCOL, STAGES, TIMES, Config, Models, UserError, check,
                    clock, config_from, newest_checkpoint, open_loop, play_episodes, real_steps,
                    write_atomically)
-from vqvae import foreground_error
+from vqvae import backgrounds, foreground_error
 
 # Published: scores of a random policy and a human (Mnih et al., 2015, as the Atari 100K benchmark
 # uses them), and the paper's Tables 4 and 5, final scores of five runs after 100K interactions:
@@ -653,6 +653,7 @@ def fidelity(models, buffer, temperature=1.0, most=256):
     paid = paid.cpu().long()                                                         # [n, L - 1]
     true_paid = reward_class(torch.from_numpy(buffer.rewards[rows[:, :-1]])) - 1
 
+    pictures = backgrounds(frames[::-(-len(frames) // 800)])
     table, still = [], real[:, CONTEXT - 1]
     still_frames = decoded(models, still)
     for k in HORIZONS:
@@ -665,8 +666,8 @@ def fidelity(models, buffer, temperature=1.0, most=256):
         for name, image in shown.items():
             row["pixel_error" + name] = 255 * float((image - truth).square().mean().sqrt())
         for name, image in shown.items():
-            row["foreground_error" + name] = float(foreground_error(truth[:, None],
-                                                                    image[:, None]))
+            row["foreground_error" + name] = float(foreground_error(truth[:, None], image[:, None],
+                                                                    pictures=pictures))
         mine, true = paid[:, CONTEXT - 1:t], true_paid[:, CONTEXT - 1:t]             # [n, k]
         right = int(((mine == true) & (true != 0)).sum())
         n_mine, n_true = int((mine != 0).sum()), int((true != 0).sum())

@@ -56,8 +56,9 @@ from atari import AtariEnv, ExperienceBuffer, area_matrix
 from convlstm import ConvLSTMCell
 from dynamics import Dynamics, DreamEnv, dream, reward_class, sample
 from ppo import ActorCritic, gae, ppo_loss, ppo_update
-from vqvae import (VQVAE, Codebook, Whitening, continuous_bernoulli_mean, continuous_bernoulli_nll,
-                   foreground_error, foreground_values, foreground_weight)
+from vqvae import (VQVAE, Codebook, Whitening, backgrounds, continuous_bernoulli_mean,
+                   continuous_bernoulli_nll, foreground_error, foreground_weight, is_foreground,
+                   most_alike)
 
 HERE = pathlib.Path(__file__).resolve().parent
 torch.set_num_threads(1)                       # for networks this small, threads only wait
@@ -501,37 +502,36 @@ def test_foreground_and_newest_frame_weigh_more_at_the_same_mean():
     """vqvae.py, foreground_weight, pixel by pixel."""
     x = torch.full((2, 4, 3, 3), 100, dtype=torch.uint8)
     x[0, 2, 1, 1], x[1, 3, 0, 2], x[1, 0, 2, 2] = 111, 89, 110      # the last is too close to 100
-    foreground = foreground_values(torch.full((9, 3, 3), 100, dtype=torch.uint8))
-    weight = foreground_weight(x, foreground, 5.0, newest=3.0)
+    pictures = backgrounds(torch.full((9, 3, 3), 100, dtype=torch.uint8))
+    weight = foreground_weight(x, pictures, 5.0, newest=3.0)
     for b, c, i, j in np.ndindex(2, 4, 3, 3):
         moves = (b, c, i, j) in ((0, 2, 1, 1), (1, 3, 0, 2))
         expected = (3.0 if c == 3 else 1.0) / 1.5 * (6.0 if moves else 1.0)
         assert math.isclose(weight[b, c, i, j], expected, rel_tol=1e-6)
 
 
-def test_foreground_is_what_is_rare_where_everything_changes():
-    """vqvae.py, foreground_values, against a loop over pixels and levels."""
+def test_backgrounds_are_as_many_as_the_game_has():
+    """vqvae.py, backgrounds: mazes and flashes are told from the car that drives in them."""
     rng = np.random.default_rng(0)
-    frames = np.full((100, 12, 12), 50, np.uint8)
-    frames[rng.random(100) < 0.3] = 90                               # two mazes, one flash of
-    frames[rng.random(100) < 0.2] = 200                              # light, and a car
-    for i, (row, column) in enumerate(rng.integers(11, size=(100, 2))):
-        frames[i, row:row + 2, column:column + 2] = 150
-    foreground = foreground_values(torch.from_numpy(frames), share=0.05)
-    still = np.where(frames == 150, frames, 50)                      # the car alone
-    lone = foreground_values(torch.from_numpy(still), share=0.05)
-    counts = []                     # of each pixel in each frame: how often it is like that here
-    for i, row, column in np.ndindex(frames.shape):
-        level, here = int(frames[i, row, column]), frames[:, row, column].astype(int)
-        near, moved = (abs(here - level) <= 10).sum(), abs(level - np.median(here)) > 10
-        counts.append(near if moved else 1000)
-        assert lone[still[i, row, column], row, column] == (level == 150)        # all that moves
-    counts = np.array(counts)
-    limit = max(n for n in range(101) if (counts <= n).sum() <= 0.05 * frames.size)
-    for (i, row, column), count in zip(np.ndindex(frames.shape), counts):
-        assert foreground[frames[i, row, column], row, column] == (count <= limit)
-    found = {level: foreground[level].float().mean() for level in (150, 90, 200)}
-    assert found[150] > 0.95 and found[90] < 0.2 and found[200] < 0.2
+    looks = rng.choice([40, 90, 140, 190], size=(5, 12, 12)).astype(np.uint8)
+    shown = rng.integers(5, size=200)
+    frames = looks[shown]
+    for i, (row, column) in enumerate(rng.integers(11, size=(200, 2))):
+        frames[i, row:row + 2, column:column + 2] = 5                   # the car, 4 of 144 pixels
+    tensor = torch.from_numpy(frames)
+    pictures = backgrounds(tensor)
+    assert 5 <= len(pictures) <= 8
+    assert (is_foreground(tensor, pictures).numpy() == (frames == 5)).mean() > 0.999
+    for i, nearest in enumerate(most_alike(tensor, pictures)):
+        distances = ((frames[i].astype(int) - pictures.numpy().astype(int))**2).sum((1, 2))
+        assert distances[nearest] == distances.min()
+
+    # One look: its median, pixel by pixel. In a game that has none it ends, too.
+    one = torch.from_numpy(np.where(frames == 5, frames, looks[0]))
+    assert torch.equal(backgrounds(one), one.median(0).values[None])
+    noise = torch.randint(256, (300, 12, 12), dtype=torch.uint8)
+    assert 32 < len(backgrounds(noise)) <= 64
+    assert len(backgrounds(noise[:1])) == 1
 
 
 def test_foreground_error_is_one_for_the_background_and_zero_for_perfect():
@@ -547,6 +547,18 @@ def test_foreground_error_is_one_for_the_background_and_zero_for_perfect():
     assert foreground_error(images, halfway) == pytest.approx(0.25)
     grey = images + 0.02 * (images == background)                    # errors elsewhere do not count
     assert foreground_error(images, grey) == 0
+
+    # In two mazes the median is neither; with a picture of each only the car counts.
+    mazes = torch.tensor([60, 200], dtype=torch.uint8).repeat_interleave(64).view(2, 8, 8)
+    of = torch.arange(9) % 2
+    images, there = mazes[of][:, None] / 255, torch.zeros(9, 1, 8, 8)
+    for i in range(9):
+        there[i, 0, i % 8, 3] = 1
+    images, empty = torch.where(there == 1, 0.5, images), images
+    assert foreground_error(images, empty) < 0.2                        # no car: hardly noticed
+    assert foreground_error(images, empty, pictures=mazes) == pytest.approx(1)
+    assert foreground_error(images, images, pictures=mazes) == 0
+    assert foreground_error(images, (images + empty) / 2, pictures=mazes) == pytest.approx(0.25)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1933,7 +1945,7 @@ def updates_of_all_stages(device="cpu", graphs=False):
         windows = [w.to(device) for w in tiny_windows()]
         x, rows = windows[0][0], torch.tensor([0, 2, 5], device=device)
         fresh = models.dynamics.initial_state(len(x))
-        models.foreground = (torch.rand(256, 96, 96) < 0.1).to(device)
+        models.backgrounds = torch.randint(256, (1 + i, 96, 96), dtype=torch.uint8).to(device)
         said += [models.vqvae_update(x, 1e-3 / (i + 1), 40.0 / (i + 1), True),
                  models.world_model_update(*windows, 1e-3 / (i + 1), 6 if i < 3 else 2,
                                            rows if i % 2 else None, terminated=windows[3],
@@ -3568,7 +3580,7 @@ def compare_sizes(config, rounds):
         batches, run = train.batches_per_epoch(config, size), types.SimpleNamespace(
             buffer=buffers[size], models=models)
         jobs[size] |= {
-            "foreground": (1, lambda run=run: foreground_values(train.some_frames(run))),
+            "backgrounds": (1, lambda run=run: backgrounds(train.some_frames(run))),
             "an epoch's windows": (batches, functools.partial(
                 train.epoch_of_windows, buffers[size], config, batches, np.random.default_rng(0)))}
     print("\nframes in the buffer" + "".join(f"{size:12,d}" for size in sizes) + "     ratio")

@@ -42,7 +42,7 @@ from tqdm import tqdm
 from atari import AtariEnv, ExperienceBuffer
 from dynamics import Dynamics, dream, dream_step, forget, imagine, policy_input, sample
 from ppo import ActorCritic, ppo_update
-from vqvae import VQVAE, Whitening, foreground_error, foreground_values, foreground_weight
+from vqvae import VQVAE, Whitening, backgrounds, foreground_error, foreground_weight
 
 # --------------------------------------------------------------------------------------------------
 # Settings
@@ -327,7 +327,7 @@ class Models:
         if config.compile:
             self.dynamics_loss = torch.compile(self.dynamics.loss, fullgraph=True, dynamic=False)
             self.imagine = torch.compile(imagine, fullgraph=True, dynamic=False)
-        self.foreground = torch.zeros(256, 96, 96, dtype=torch.bool, device=self.device)
+        self.backgrounds = torch.zeros(1, 96, 96, dtype=torch.uint8, device=self.device)
         self.vqvae.eval()                       # train() only around its own updates: batch norms
         # The reward loss is scaled down by reward_weight for the trunk's sake. Adam divides the
         # scale out again for the head, whose eps must shrink with it.
@@ -447,15 +447,18 @@ class Models:
         return self.launch(self.vqvae_step, x, *self.weighting(foreground), revive)
 
     def weighting(self, foreground):
-        """What weighs pixels, if anything does: foreground values, extra weight (a scalar)."""
+        """What weighs pixels, if anything does: backgrounds, extra weight (a scalar)."""
         if not foreground and self.config.newest == 1:
             return None, None
-        return self.foreground, torch.full((), foreground, device=self.device)
+        pictures = self.backgrounds
+        if self.graphs:                         # always as many: another number, another graph
+            pictures = pictures[torch.arange(64, device=self.device) % len(pictures)]
+        return pictures, torch.full((), foreground, device=self.device)
 
-    def vqvae_step(self, x, foreground, weight, revive):
+    def vqvae_step(self, x, pictures, weight, revive):
         """vqvae_update, on the device."""
-        if foreground is not None:
-            weight = foreground_weight(x, foreground, weight, self.config.newest)
+        if pictures is not None:
+            weight = foreground_weight(x, pictures, weight, self.config.newest)
         self.vqvae.train()
         with self.autocast():
             loss, parts = self.vqvae.loss(x, revive, weight)
@@ -486,13 +489,13 @@ class Models:
                            vqvae_rows, terminated, window_weight, *weighting)
 
     def world_model_step(self, x, actions, rewards, ends, context, vqvae_rows, terminated,
-                         window_weight, foreground, extra_weight):
+                         window_weight, pictures, extra_weight):
         """world_model_update, on the device."""
         B, L = x.shape[:2]
         flat = x.flatten(0, 1)
         parts = {}
         if vqvae_rows is not None:
-            parts = self.vqvae_step(flat[vqvae_rows], foreground, extra_weight, False)
+            parts = self.vqvae_step(flat[vqvae_rows], pictures, extra_weight, False)
         with self.autocast():
             # Targets move with the VQ-VAE (3.4).
             codes = x if x.ndim == 4 else self.vqvae.encode(flat).view(B, L, 6, 6)
@@ -1079,7 +1082,7 @@ def warm_up(run):
     """
     c, order = run.config, None
     frames = some_frames(run)
-    run.models.foreground = foreground_values(frames)
+    run.models.backgrounds = backgrounds(frames)
     if run.iteration == 0 and run.update == 0:
         run.models.vqvae.start_at_brightness(frames.median(0).values.float().mean() / 255)
     per_epoch, total = len(run.buffer) // c.warmup_batch, work(c, run.iteration)["warm_up"]
@@ -1113,7 +1116,7 @@ def learn_world_model(run):
     """
     c, buffer, order, codes = run.config, run.buffer, None, None
     run.codes = None                            # the VQ-VAE is about to change
-    run.models.foreground = foreground_values(some_frames(run))
+    run.models.backgrounds = backgrounds(some_frames(run))
     per_epoch = batches_per_epoch(c, len(buffer))
     total = work(c, run.iteration)["world_model"]
     # The learning rate falls within each round, and starts lower from round to round.
@@ -1386,7 +1389,7 @@ def world_model_picture(run):
     x = torch.cat([models.to_device(buffer.stacked(r)) for r in np.split(rows, 256 // n)])
     with models.autocast():
         decoded = torch.cat([models.vqvae.decode(models.vqvae.encode(part)) for part in x.split(n)])
-    foreground = foreground_error(x.float() / 255, decoded)
+    foreground = foreground_error(x.float() / 255, decoded, pictures=models.backgrounds)
 
     # One stretch of real play in which something moves, dreamed along from its 4th observation on.
     length, context, every = 28, 4, 3
@@ -1572,7 +1575,7 @@ def benchmark(config):
         run.shards = [{"length": len(run.buffer)}]
 
         def between_stages():
-            foreground_values(some_frames(run))
+            backgrounds(some_frames(run))
             world_model_picture(run)
             progress_picture(run)
             for _ in range(4):
