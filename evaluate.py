@@ -34,7 +34,7 @@ from atari import AtariEnv, ExperienceBuffer
 from dynamics import DreamEnv, dream, policy_input, reward_class, sample
 from train import (MAY_CHANGE, PRESETS, PROTOCOL, STAGES, TIMES, Config, Models, UserError, check,
                    clock, config_from, newest_checkpoint, open_loop, play_episodes, real_steps,
-                   write_atomically)
+                   some_frames, write_atomically)
 from vqvae import backgrounds, foreground_error
 
 # Published: scores of a random policy and a human (Mnih et al., 2015, as the Atari 100K benchmark
@@ -653,7 +653,7 @@ def fidelity(models, buffer, temperature=1.0, most=256):
     paid = paid.cpu().long()                                                         # [n, L - 1]
     true_paid = reward_class(torch.from_numpy(buffer.rewards[rows[:, :-1]])) - 1
 
-    pictures = backgrounds(frames[::-(-len(frames) // 800)])
+    pictures = backgrounds(some_frames(models, buffer)).cpu()
     table, still = [], real[:, CONTEXT - 1]
     still_frames = decoded(models, still)
     for k in HORIZONS:

@@ -3580,7 +3580,7 @@ def compare_sizes(config, rounds):
         batches, run = train.batches_per_epoch(config, size), types.SimpleNamespace(
             buffer=buffers[size], models=models)
         jobs[size] |= {
-            "backgrounds": (1, lambda run=run: backgrounds(train.some_frames(run))),
+            "backgrounds": (1, lambda run=run: backgrounds(train.some_frames(models, run.buffer))),
             "an epoch's windows": (batches, functools.partial(
                 train.epoch_of_windows, buffers[size], config, batches, np.random.default_rng(0)))}
     print("\nframes in the buffer" + "".join(f"{size:12,d}" for size in sizes) + "     ratio")

@@ -42,7 +42,8 @@ from tqdm import tqdm
 from atari import AtariEnv, ExperienceBuffer
 from dynamics import Dynamics, dream, dream_step, forget, imagine, policy_input, sample
 from ppo import ActorCritic, ppo_update
-from vqvae import VQVAE, Whitening, backgrounds, foreground_error, foreground_weight
+from vqvae import (DOUBLINGS, VQVAE, Whitening, backgrounds, foreground_error,
+                   foreground_weight)
 
 # --------------------------------------------------------------------------------------------------
 # Settings
@@ -452,7 +453,7 @@ class Models:
             return None, None
         pictures = self.backgrounds
         if self.graphs:                         # always as many: another number, another graph
-            pictures = pictures[torch.arange(64, device=self.device) % len(pictures)]
+            pictures = pictures[torch.arange(2**DOUBLINGS, device=self.device) % len(pictures)]
         return pictures, torch.full((), foreground, device=self.device)
 
     def vqvae_step(self, x, pictures, weight, revive):
@@ -1081,7 +1082,7 @@ def warm_up(run):
     so that the dynamics has something to predict.
     """
     c, order = run.config, None
-    frames = some_frames(run)
+    frames = some_frames(run.models, run.buffer)
     run.models.backgrounds = backgrounds(frames)
     if run.iteration == 0 and run.update == 0:
         run.models.vqvae.start_at_brightness(frames.median(0).values.float().mean() / 255)
@@ -1102,10 +1103,10 @@ def warm_up(run):
     run.finish_stage("world_model")
 
 
-def some_frames(run):
-    """uint8 [N, 96, 96]: some 800 frames of all experience so far, evenly spread."""
-    frames = run.buffer.frames[:len(run.buffer)]
-    return run.models.to_device(frames[::-(-len(frames) // 800)])
+def some_frames(models, buffer):
+    """uint8 [N, 96, 96]: some 800 frames of all in the buffer, evenly spread."""
+    frames = buffer.frames[:len(buffer)]
+    return models.to_device(frames[::-(-len(frames) // 800)])
 
 
 def learn_world_model(run):
@@ -1116,7 +1117,7 @@ def learn_world_model(run):
     """
     c, buffer, order, codes = run.config, run.buffer, None, None
     run.codes = None                            # the VQ-VAE is about to change
-    run.models.backgrounds = backgrounds(some_frames(run))
+    run.models.backgrounds = backgrounds(some_frames(run.models, buffer))
     per_epoch = batches_per_epoch(c, len(buffer))
     total = work(c, run.iteration)["world_model"]
     # The learning rate falls within each round, and starts lower from round to round.
@@ -1575,7 +1576,7 @@ def benchmark(config):
         run.shards = [{"length": len(run.buffer)}]
 
         def between_stages():
-            backgrounds(some_frames(run))
+            backgrounds(some_frames(run.models, run.buffer))
             world_model_picture(run)
             progress_picture(run)
             for _ in range(4):

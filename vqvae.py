@@ -410,9 +410,12 @@ def to_unit(x):
     return x.float() / 255 if x.dtype == torch.uint8 else x
 
 
-def backgrounds(frames, share=0.1, doublings=6):
+DOUBLINGS = 6                   # of the number of backgrounds: there are 2**6 = 64 at most
+
+
+def backgrounds(frames, share=0.1):
     """What a game looks like without whatever moves in it: uint8 [n, H, W], n from 1 to
-    2**doublings. frames uint8 [N,H,W]: some hundred of the game's, well spread.
+    2**DOUBLINGS. frames uint8 [N,H,W]: some hundred of the game's, well spread.
 
     One picture, each pixel's median, will do where no more than `share` of a frame's pixels are off
     it (`is_foreground`), in 95 of 100 frames. In mazes that change and explosions that light up the
@@ -421,24 +424,29 @@ def backgrounds(frames, share=0.1, doublings=6):
     twice as many groups each time.
     """
     pictures = frames.median(0).values[None]
-    for _ in range(doublings):
+    for _ in range(DOUBLINGS):
         off = is_foreground(frames, pictures).float().mean((1, 2))
         if (off > share).float().mean() <= 0.05:
             break
         for _ in range(len(pictures)):
-            distance = torch.cdist(frames.flatten(1).float(), pictures.flatten(1).float())
-            pictures = torch.cat([pictures, frames[distance.min(1).values.argmax()][None]])
+            furthest = distances(frames, pictures).amin(1).argmax()
+            pictures = torch.cat([pictures, frames[furthest][None]])
         for _ in range(8):
             group = most_alike(frames, pictures)
             pictures = torch.stack([frames[group == g].median(0).values for g in group.unique()])
     return pictures
 
 
+def distances(frames, pictures):
+    """Euclidean, of all frames uint8 [N, H, W] to all pictures uint8 [n, H, W]: float32 [N, n]."""
+    return torch.cdist(frames.flatten(1).float(), pictures.flatten(1).float())
+
+
 def most_alike(frames, pictures):
     """Which of the pictures uint8 [n, H, W] each of the frames uint8 [N, H, W] is most like:
     int64 [N].
     """
-    return torch.cdist(frames.flatten(1).float(), pictures.flatten(1).float()).argmin(1)
+    return distances(frames, pictures).argmin(1)
 
 
 def is_foreground(frames, pictures):
@@ -564,8 +572,7 @@ def main():
     codes = model.encode(x)
     images = model.decode(codes)
     error = foreground_error(x.float() / 255, images, pictures=pictures)
-    print(f"held-out foreground error {error:.2f} "
-          f"(0 perfect, 1 background only)")
+    print(f"held-out foreground error {error:.2f} (0 perfect, 1 background only)")
     figure, axes = plt.subplots(3, 8, figsize=(14, 5.6))
     for column, i in enumerate(torch.linspace(0, held_out - 1, 8).long()):
         axes[0, column].imshow(x[i, -1], cmap="gray", vmin=0, vmax=255)
