@@ -121,7 +121,7 @@ def describe(game, scores):
     normalised = human_normalised(game, scores.mean())
     lines = [f"{game}: mean {scores.mean():.1f}  std {scores.std():.1f}  "
              f"median {np.median(scores):.1f}  best {scores.max():.1f}  over {len(scores)} episodes"
-             + ("" if normalised is None else f"  human-normalised {normalised:.3f}")]
+             + ("" if normalised is None else f"  human-normalised {figure(normalised, 3)}")]
     if game in PUBLISHED:
         chance, human, (mean, std, median, best), simple, ppo = PUBLISHED[game]
         lines.append(f"published: paper mean {mean} (std {std} over 5 runs), median {median}, best "
@@ -309,8 +309,9 @@ def variant(run, notes, quote=""):
         f"{quote}{change}{quote}" for change in changes(run)))
 
 
-def figure(value):
-    return "-" if value is None else f"{value:.1f}"
+def figure(value, digits=1):
+    """A number for the tables, "-" for None; what rounds to zero has no sign."""
+    return "-" if value is None else f"{round(value, digits) + 0.0:.{digits}f}"
 
 
 def with_std(mean, std):
@@ -324,7 +325,7 @@ def table(groups):
         row, rows = summary(group), group[0]["rows"]
         preset = variant(row, notes)
         ours = [with_std(row["mean"], row["std"]), figure(row["median"]), figure(row["best"]),
-                "-" if row["human_normalised"] is None else f"{row['human_normalised']:.3f}"]
+                figure(row["human_normalised"], 3)]
         if not row["finished"]:
             played, scored = group[0]["returns"], [r for r in rows if "real_return" in r]
             last = (f"played now: {np.mean(played):.1f} over {len(played)} episodes" if played else
@@ -433,10 +434,10 @@ def markdown(groups):
                              for run in group)
             mean = f"**{row['mean']:.1f}**" + ("" if row["std"] is None else f" ({row['std']:.1f})")
         random, _, paper, simple, ppo = PUBLISHED.get(row["game"], UNPUBLISHED)
-        mine, human = chance.get(row["game"], {}), row["human_normalised"]
+        mine = chance.get(row["game"], {})
         lines.append("| " + " | ".join((
             row["game"], variant(row, notes, "`"), runs, mean,
-            "-" if human is None else f"{human:.3f}", with_std(mine.get("mean"), mine.get("std")),
+            figure(row["human_normalised"], 3), with_std(mine.get("mean"), mine.get("std")),
             figure(random), *(with_std(*column[:2]) for column in (paper, simple, ppo)))) + " |")
     lines += [""] + [f"{note}  " for note in numbered(notes)] + [""] * bool(notes)
 

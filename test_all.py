@@ -2001,6 +2001,7 @@ def test_evaluation_plays_whole_real_games(capsys):
     assert evaluate.human_normalised("Pong", -20.7) == 0
     assert evaluate.human_normalised("Pong", 14.6) == 1
     assert evaluate.human_normalised("Tennis", 3) is None
+    assert [evaluate.figure(x, 3) for x in (-2e-4, -2e-3, None)] == ["0.000", "-0.002", "-"]
     lines = evaluate.describe("Freeway", [20., 30.])
     assert "mean 25.0" in lines and "std 5.0" in lines and "24.6" in lines
 
