@@ -162,7 +162,7 @@ class Dynamics(nn.Module):
         return self.end_head(y).float()[:, 0] - math.log(END_WEIGHT)
 
     def loss(self, codes, actions, rewards, ends, embed, context=4, reward_weight=1e-6,
-             terminated=None, window_weight=None):
+             terminated=None, window_weight=None, temperature=1.0):
         """Maximum likelihood of Eq. 6 and 7 over windows of L observations
         -> (scalar, dict of parts).
 
@@ -180,6 +180,7 @@ class Dynamics(nn.Module):
         window_weight float [B], how much each window counts in the losses of the heads for rewards
                  and ends (None: all alike). Who draws windows with rewards more often than they
                  are must weigh them less, or the dream will pay more than the game
+        temperature  of the model's own samples, as in `dream`
 
         Parts, detached: code_loss (nats per code), reward_loss (nats per step),
         code_accuracy (share of codes whose most likely value is right),
@@ -199,7 +200,7 @@ class Dynamics(nn.Module):
             # else a sample of what was just predicted. (It is an integer: no gradient through it.)
             z = codes[:, t + 1]
             if context <= t + 1 < L - 1:
-                drawn = sample(code_logits[t].detach())
+                drawn = sample(code_logits[t].detach(), temperature)
                 z = torch.where(ends[:, t, None, None], z, drawn)
             state = forget(state, ends[:, t])
 

@@ -725,13 +725,14 @@ def test_no_code_loss_across_an_episode_end():
     assert code_loss(codes, ends=torch.ones_like(ends)) == 0
 
 
-def predictions(dynamics, embed, batch, context=6):
+def predictions(dynamics, embed, batch, context=6, **settings):
     """The code logits of each step of one loss, and the codes that each step was given."""
     logits, inputs = [], []
     handle = dynamics.code_head.register_forward_hook(
         lambda m, args, out: logits.append(out.detach()))
     torch.manual_seed(1)
-    dynamics.loss(*batch, lambda codes: inputs.append(codes.clone()) or embed(codes), context)
+    dynamics.loss(*batch, lambda codes: inputs.append(codes.clone()) or embed(codes), context,
+                  **settings)
     handle.remove()
     return logits, inputs
 
@@ -766,7 +767,10 @@ def test_after_the_context_the_model_reads_its_own_samples():
     after_early = predictions(dynamics, embed, early, context=4)[1]
     assert all(torch.equal(a[0], b[0]) for a, b in zip(inputs, after_later))
     assert not torch.equal(inputs[4][0], after_early[4][0])
-    # They are samples of the prediction: with one code certain, it is what comes.
+    # They are samples of the prediction: cold, the likeliest codes,
+    logits, inputs = predictions(dynamics, embed, batch, context=4, temperature=1e-4)
+    assert torch.equal(inputs[4], logits[3].argmax(1))
+    # and with one code certain, it is what comes.
     with torch.no_grad():
         dynamics.code_head.bias[5] += 100
     _, inputs = predictions(dynamics, embed, batch, context=4)
@@ -1336,7 +1340,7 @@ def test_the_paper_preset_is_the_paper():
         ppo_epochs=4, minibatch=256, gamma=0.99, lam=0.95, clip=0.1, value_clip=0.1,
         value_coef=0.5, entropy_coef=0.01, policy_lr=2.5e-4, max_grad_norm=0.5, advantage_floor=0,
         dream_context=0, collect_temperature=1.5, eval_temperature=1.0, temperature=1.0,
-        vqvae_width=1.0, policy_width=1.0)
+        own_temperature=1.0, explore=0, vqvae_width=1.0, policy_width=1.0)
     assert {name: getattr(config, name) for name in said} == said
     assert all(f.metadata["help"] for f in dataclasses.fields(config))
 
@@ -1509,23 +1513,27 @@ def test_random_actions_of_round_1_are_uniform_or_prefer_some_for_a_while():
 
 
 def test_exploring_holds_random_actions():
-    """--explore: four steps each, as often as said; the policy's state follows what was done."""
+    """--explore: 2, 4, 8 or 16 steps each; the policy's state follows what was done."""
     chosen = []
 
     def act(observations, temperature, state, instead):
         chosen.append(instead is None)
-        return (np.array([4]) if instead is None else instead), state
+        return (np.array([200]) if instead is None else instead), state
 
-    def actions(explore):
-        return collected_actions(1, 4000, 5, act, explore=explore)
+    def actions(explore, steps=20_000):
+        return collected_actions(1, steps, 200, act, explore=explore)
 
-    assert (actions(0.0) == 4).all() and all(chosen)
+    assert (actions(0.0, 500) == 200).all() and all(chosen)
     chosen.clear()
     taken, own = actions(0.05), np.array(chosen)
-    assert (taken[own] == 4).all() and set(taken[~own]) == {0, 1, 2, 3, 4}
-    begins = np.flatnonzero(~own)[::4]         # blocks of four, all of one action
-    assert all((taken[t:t + 4] == taken[t]).all() and not own[t:t + 4].any() for t in begins[:-1])
-    assert len(begins) / own.sum() == pytest.approx(0.05, rel=0.2)   # of the chances it had
+    assert (taken[own] == 200).all()
+    # Of 200 actions hardly ever the same one twice in a row: what stays the same is one hold.
+    changes = np.flatnonzero(np.diff(taken, prepend=-1) != 0)
+    lengths, held = np.diff(np.append(changes, len(taken))), ~own[changes]
+    shares = [(lengths[held][:-1] == n).mean() for n in (2, 4, 8, 16)]           # the last is cut
+    assert sum(shares) > 0.99 and shares == pytest.approx([0.25] * 4, abs=0.05)
+    assert held.sum() / own.sum() == pytest.approx(0.05, rel=0.2)    # of the chances it had
+    assert 80 < taken[changes[held]].mean() < 120                                # uniform
 
     models, x = tiny_models(policy_memory=True), np.zeros((1, 4, 96, 96), np.uint8)
     taken, state = models.act(x, 1.0, None, np.array([2]))
@@ -1645,17 +1653,28 @@ def test_flags_reach_the_dream(monkeypatch):
     with pytest.raises(train.UserError, match="--lives .* --predict_ends .* both or neither"):
         train.check(train.Config(lives=True))
 
-    def dreamed(temperature):
-        models, seen = certain_models(temperature=temperature), []
+    def given_codes(update, **settings):
+        models, seen = certain_models(**settings), []
         embed = models.vqvae.embed
         models.vqvae.embed = lambda codes: (seen.append(codes), embed(codes))[1]
         torch.manual_seed(3)
-        models.policy_update(models.vqvae.encode(tiny_windows()[0][0]))
+        update(models)
         return torch.stack(seen[:4])           # [T, B, 6, 6]
 
-    cold, same, hot = dreamed(1.0), dreamed(1.0), dreamed(1e9)
-    assert torch.equal(cold, same) and torch.equal(cold[0], hot[0])      # the starts are real
-    assert (cold[1] != hot[1]).float().mean() > 0.9
+    def dreamed(**settings):
+        return given_codes(lambda models: models.policy_update(
+            models.vqvae.encode(tiny_windows()[0][0])), **settings)
+
+    def read(**settings):
+        return given_codes(lambda models: models.world_model_update(*tiny_windows(), 1e-3, 2),
+                           **settings)
+
+    # --temperature: what is dreamed. --own-temperature: what is read after the context, here 2.
+    for codes_of, real, heat, other in ((dreamed, 1, "temperature", "own_temperature"),
+                                        (read, 2, "own_temperature", "temperature")):
+        cold, same, hot = codes_of(), codes_of(**{other: 1e9}), codes_of(**{heat: 1e9})
+        assert torch.equal(cold, same) and torch.equal(cold[:real], hot[:real])
+        assert (cold[real] != hot[real]).float().mean() > 0.9
 
     seen = []
     monkeypatch.setattr(train, "dream", lambda *a: seen.append(dream(*a)) or seen[-1])

@@ -80,7 +80,7 @@ class Config:
     interactions: int = setting(6_400, "steps in every later round (paper 3.4)")
     random_segment: int = setting(0, "round 1: new odds of actions every n steps, if n (ours)")
     collect_temperature: float = setting(1.5, "softmax temperature when collecting (released)")
-    explore: float = setting(0.0, "chance of a random action, held 4 steps, when collecting (ours)")
+    explore: float = setting(0.0, "collecting: chance of a random action, held 2-16 steps (ours)")
 
     # Observation model (Section 3.3, "Latent Representations")
     vqvae_width: float = setting(1.0, "channels of encoder and decoder, times (paper, Table 3)")
@@ -110,6 +110,7 @@ class Config:
     dynamics_batch: int = setting(4, "windows per update (released)")
     window: int = setting(11, "observations per window: 10 predictions (released)")
     context: int = setting(4, "inputs that are true codes; then the model's samples (released)")
+    own_temperature: float = setting(1.0, "of these samples, as --temperature in dreams (ours)")
     predict_ends: bool = setting(False, "a third head ends dreams (paper 5; Ha & Schmidhuber 4.1)")
     lives: bool = setting(False, "a lost life ends a dream too (as DQN, Mnih et al. 2015, trains)")
     teacher: float = setting(0.0, "first share of a round's updates with all inputs true (ours)")
@@ -155,18 +156,18 @@ class Config:
 PRESETS = {
     "paper": {},
     "small": dict(
-        random_segment=128, explore=0.05,
+        random_segment=128, explore=0.03,
         vqvae_width=0.5, warmup_epochs=7, warmup_batch=12, warmup_lr_end=1e-4, foreground=40,
         newest=4, commitment=50, revive_codes=True, vqvae_every=1, vqvae_share=0.15, vqvae_batch=16,
         hidden=32, dynamics_batch=16, dynamics_lr=3e-3, dynamics_lr_end=2e-4, teacher=0.5,
-        predict_ends=True, lives=True,
+        own_temperature=0.5, predict_ends=True, lives=True,
         reward_windows=0.25, recent_windows=0.5, weight_decay=0.3, head_decay=1,
         reward_lr_end=1e-5, world_model_epochs=(
             33, 4.62, 3.44, 2.75, 2.31, 1.94, 1.72, 1.53, 1.38, 1.25, 1.15, 1.06, 0.98, 0.92, 0.86),
         policy_width=0.25, dreams=200, dream_steps=16, dream_context=3, bootstrap=True,
-        expected_rewards=True, reward_starts=0.25, ppo_updates=(100,) * 15, policy_lr=4e-4,
-        policy_average=0.98, minibatch=800, clip=0.2, value_clip=1e9, advantage_floor=0.2,
-        eval_episodes=4),
+        temperature=0.5, expected_rewards=True, reward_starts=0.25, ppo_updates=(100,) * 15,
+        policy_lr=4e-4, policy_average=0.98, minibatch=800, clip=0.2, value_clip=1e9,
+        advantage_floor=0.2, eval_episodes=4),
     "smoke": dict(
         iterations=2, first_interactions=400, interactions=200,
         vqvae_width=0.25, warmup_epochs=6, warmup_batch=12, warmup_lr_end=1e-4, foreground=40,
@@ -198,7 +199,8 @@ def check(config):
     for name in ("iterations", "interactions", "warmup_batch", "vqvae_every", "vqvae_batch",
                  "hidden", "dynamics_batch", "dreams", "dream_steps", "ppo_epochs",
                  "final_episodes", "vqvae_width", "policy_width", "collect_temperature",
-                 "eval_temperature", "temperature", "scale", "checkpoint_minutes", "max_logit"):
+                 "eval_temperature", "temperature", "own_temperature", "scale",
+                 "checkpoint_minutes", "max_logit"):
         if getattr(config, name) <= 0:
             raise UserError(f"--{name} must be more than 0")
     for name in ("vqvae_share", "teacher", "reward_windows", "recent_windows", "reward_starts",
@@ -502,7 +504,7 @@ class Models:
             codes = x if x.ndim == 4 else self.vqvae.encode(flat).view(B, L, 6, 6)
             loss, dynamics_parts = self.dynamics_loss(
                 codes, actions, rewards, ends, self.embed, context, self.config.reward_weight,
-                terminated, window_weight)
+                terminated, window_weight, self.config.own_temperature)
         self.step("dynamics", loss)
         return parts | dynamics_parts
 
@@ -1047,10 +1049,11 @@ def collect(run):
                 odds = rng.dirichlet(np.full(M, 0.3))
             action = int(rng.choice(M, p=odds) if c.random_segment else rng.integers(M))
         else:
-            # With `explore`, now and then a random action is held for four steps: a policy that has
-            # made up its mind would never show the model what the other actions do.
+            # With `explore`, now and then a random action is held for 2, 4, 8 or 16 steps (as in
+            # temporally extended exploration, Dabney et al., 2021): a policy that has made up its
+            # mind would never show the model what the others lead to, and that may take a while.
             if step >= free and rng.random() < c.explore:
-                held, free = rng.integers(M, size=1), step + 4
+                held, free = rng.integers(M, size=1), step + 2 ** int(rng.integers(1, 5))
             actions, state = run.models.act(stack[None], c.collect_temperature, state,
                                             held if step < free else None)
             action = int(actions[0])
