@@ -2296,12 +2296,13 @@ def test_runs_from_before_a_setting_existed(tmp_path, capsys):
     """A setting younger than the run has its default; an unknown one is refused."""
     folder = made_up_run(tmp_path, "Pong", 0, [9.0])
     config = json.loads((folder / "config.json").read_text())
-    del config["temperature"], config["policy_memory"]
+    del config["own_temperature"], config["policy_memory"]
     (folder / "config.json").write_text(json.dumps(config))
+    # The preset has another one by now, and the table says so.
     assert json.loads(judged(capsys, folder, "--plot", tmp_path / "a.png", "--json"))[0][
-        "changed"] == {}
+        "changed"] == {"own_temperature": 1.0}
     loaded = train.config_from(config)
-    assert loaded.temperature == 1.0 and not loaded.policy_memory and loaded.preset == "small"
+    assert loaded.own_temperature == 1 and not loaded.policy_memory and loaded.preset == "small"
     with pytest.raises(train.UserError, match="another version of train.py: colour, shape"):
         train.config_from(config | {"shape": 1, "colour": 2})
 
