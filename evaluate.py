@@ -597,11 +597,13 @@ def moments(models, game, seed):
     return models.starts(buffer, np.arange(len(buffer)), models.encode_all(buffer))
 
 
-def dream_env(folder, num_envs, steps=50, temperature=1.0, seed=0, device="cpu"):
+def dream_env(folder, num_envs, steps=50, temperature=None, seed=0, device="cpu"):
     """The dream of the trained run in `folder` as an environment for any agent -> DreamEnv
     (dynamics.py), whose episodes begin at moments of a real one, played for that from `seed`.
+    temperature: of the codes; None: the one at which the run's own policy dreamed.
     """
     models, config, _ = load_models(folder, device)
+    temperature = config.temperature if temperature is None else temperature
     codes, state = moments(models, config.game, seed)
     return DreamEnv(models.dynamics, models, codes, num_envs, steps, temperature, state)
 
@@ -681,19 +683,20 @@ def fidelity(models, buffer, temperature=1.0, most=256):
 def show_fidelity(args):
     """--fidelity: plays fresh episodes, dreams along them, prints the table."""
     models, config, interactions = load_models(args.runs[0], args.device)
+    temperature = args.temperature or config.temperature
     torch.manual_seed(args.seed)
     episodes = args.episodes or 4
     # Up to 2,000 steps of each: more would only cost memory.
     buffer = record(models, config.game, [args.seed * 10_000 + i for i in range(episodes)], 1.0,
                     most=2000)
-    moments, rows = fidelity(models, buffer, args.temperature)
+    moments, rows = fidelity(models, buffer, temperature)
     if args.json:
         print(json.dumps(rows))
         return
     print(f"{args.runs[0]}, preset {config.preset}, seed {config.seed}, after {interactions:,} "
           f"real interactions\n{moments} moments of {episodes} fresh episodes ({len(buffer):,} "
           f"steps): {CONTEXT} observations seen, then open loop under the real actions, codes "
-          f"drawn at temperature {args.temperature:g}\n"
+          f"drawn at temperature {temperature:g}\n"
           "still: nothing moves after the last observation seen; codes: the true codes decoded\n")
     print("      | codes right   | pixel error, grey levels | foreground error      "
           "| rewards in steps 1 .. step")
@@ -901,9 +904,11 @@ def show_pictures(args):
         steps = args.steps or 50
         # The dream begins at a random moment of the first 300 steps or so.
         buffer = record(models, config.game, [args.seed], 1.0, CONTEXT + steps + 300)
-        save_pictures(path, dream_pictures(models, buffer, names, steps, args.temperature, rng))
+        save_pictures(path, dream_pictures(models, buffer, names, steps,
+                                           args.temperature or config.temperature, rng))
     else:
-        buffer = record(models, config.game, [args.seed], args.temperature, args.steps or 200)
+        buffer = record(models, config.game, [args.seed], args.temperature or 1.0,
+                        args.steps or 200)
         save_pictures(path, video_pictures(models, buffer, names))
 
 
@@ -1027,7 +1032,8 @@ def show_play(args):
     models, config, _ = load_models(args.runs[0], args.device)
     print("playing a real episode: dreams begin at its moments", flush=True)
     player = Player(models, moments(models, config.game, args.seed),
-                    AtariEnv(config.game).action_meanings, figure, args.temperature, args.seed)
+                    AtariEnv(config.game).action_meanings, figure,
+                    args.temperature or config.temperature, args.seed)
     timer = figure.canvas.new_timer(interval=1000 // 15)
     timer.add_callback(player.tick)
     timer.start()
@@ -1045,7 +1051,8 @@ def judge_one(args):
         models, config, interactions = load_models(args.runs[0], args.device)
         game, what = config.game, f"{args.runs[0]}, preset {config.preset}, seed {config.seed}"
         preset, seeds = config.preset, [config.seed]
-    scores = play(models, game, args.episodes or 32, args.parallel, args.seed, args.temperature)
+    temperature = args.temperature or 1.0
+    scores = play(models, game, args.episodes or 32, args.parallel, args.seed, temperature)
     if args.json:
         mean = float(np.mean(scores))
         print(json.dumps([{
@@ -1055,7 +1062,7 @@ def judge_one(args):
             "human_normalised": human_normalised(game, mean), "returns": scores}]))
         return
     print(f"{what}, after {interactions:,} real interactions")
-    print(f"protocol: {PROTOCOL}; temperature {args.temperature:g}")
+    print(f"protocol: {PROTOCOL}; temperature {temperature:g}")
     print(describe(game, scores))
 
 
@@ -1071,7 +1078,7 @@ def judge_many(args):
         for run in runs:
             models, _, run["interactions"] = load_models(run["folder"], args.device)
             run["returns"] = play(models, run["game"], args.episodes, args.parallel, args.seed,
-                                  args.temperature)
+                                  args.temperature or 1.0)
     if args.plot and not any(curves(group)[0].size for group in groups):
         raise UserError("there is nothing to plot: none of these runs was evaluated yet")
     if args.json:
@@ -1110,8 +1117,9 @@ def main(arguments=None):
     parser.add_argument("--episodes", type=int, help="how many to play (default: 32; for several "
                         "runs: none, their stored evaluations are read)")
     parser.add_argument("--parallel", type=int, default=8, help="games played at once")
-    parser.add_argument("--temperature", type=float, default=1.0, help="of the policy's "
-                        "softmax; with --fidelity, --dream and --play of the dreamed codes")
+    parser.add_argument("--temperature", type=float, help="of the policy's softmax (default: 1); "
+                        "with --fidelity, --dream and --play of the dreamed codes (default: the "
+                        "run's own)")
     parser.add_argument("--seed", type=int, default=1000,
                         help="of the episodes and the sampled actions")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -1124,8 +1132,8 @@ def main(arguments=None):
     # Files that lie beside the runs, as in results/*, are none.
     args.runs = [run for run in args.runs if not pathlib.Path(run).is_file()]
     try:
-        if args.episodes is not None and args.episodes < 1 or args.parallel < 1 or not (
-                0 < args.temperature < math.inf):
+        if args.episodes is not None and args.episodes < 1 or args.parallel < 1 or (
+                args.temperature is not None and not 0 < args.temperature < math.inf):
             raise UserError("--episodes, --parallel and --temperature must be more than 0")
         if not 0 <= args.seed < 2**31:
             raise UserError("--seed must lie in 0 .. 2**31 - 1")

@@ -2590,6 +2590,22 @@ def test_dream_and_video_pictures(tmp_path, monkeypatch, capsys):
         assert_main_refuses(saying, evaluate.main, "run", *arguments)
 
 
+def test_dreams_are_shown_as_the_policy_dreamed_them(smoke, tmp_path, monkeypatch):
+    """--dream, --fidelity, dream_env draw codes at the run's temperature, unless told otherwise."""
+    models, config, _ = evaluate.load_models(smoke, "cpu")
+    config.temperature, used = 0.7, []
+    monkeypatch.setattr(evaluate, "load_models", lambda folder, device: (models, config, 0))
+    plain = evaluate.open_loop
+    monkeypatch.setattr(evaluate, "open_loop", lambda *a: used.append(a[4]) or plain(*a))
+    for given, expected in ([], 0.7), (["--temperature", "1.3"], 1.3):
+        used.clear()
+        evaluate.main(["run", "--dream", str(tmp_path / "a.png"), "--steps", "2", *given])
+        evaluate.main(["run", "--fidelity", "--episodes", "1", *given])
+        assert len(used) > 1 and set(used) == {expected}
+    assert evaluate.dream_env("run", 2).temperature == 0.7
+    assert evaluate.dream_env("run", 2, temperature=1.3).temperature == 1.3
+
+
 def test_virtual_scores_against_plain_loops(monkeypatch, capsys):
     """Ha & Schmidhuber, Table 2: what the policy is paid in the game and in dreams from there."""
     rng, steps = np.random.default_rng(1), 20

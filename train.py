@@ -1405,7 +1405,8 @@ def world_model_picture(run):
     with run.other_dice(int(rows[0])), models.autocast():
         codes = models.vqvae.encode(models.to_device(buffer.stacked(rows)))
         actions = models.to_device(buffer.actions[rows].astype(np.int64))
-        dreamed = open_loop(models, codes[None], actions[None], context)[0][0]
+        dreamed = open_loop(models, codes[None], actions[None], context,
+                            run.config.temperature)[0][0]
         images = [models.vqvae.decode(z)[:, -1].cpu().numpy() for z in (codes, dreamed)]
 
     shown = list(range(0, length, every))
