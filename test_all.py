@@ -2221,6 +2221,15 @@ def test_markdown_tables(tmp_path, capsys):
     readme = (HERE / "README.md").read_text()
     for part in judged(capsys, *(HERE / "results").iterdir(), "--markdown").split("\n\n"):
         assert part.strip() in readme, "python evaluate.py results/* --markdown says otherwise"
+    # The short table at its beginning: random play, the preset as it is, the paper.
+    groups = json.loads(judged(capsys, *(HERE / "results").glob("*-small-s*"), "--json"))
+    chance = json.loads((HERE / "results" / "random.json").read_text())
+    for name, means in (("random play", {row["game"]: row["mean"] for row in chance}),
+                        ("**`small`**", {row["game"]: row["mean"] for row in groups}),
+                        ("the paper, published", {game: row[2][0] for game, row
+                                                  in evaluate.PUBLISHED.items()})):
+        cells = " | ".join(f"{means[game]:.1f}" for game in evaluate.PUBLISHED)
+        assert f"| {name} | {cells} |" in readme
 
 
 def test_results_kept_without_their_checkpoints(tmp_path, capsys):
