@@ -907,8 +907,7 @@ def show_pictures(args):
         save_pictures(path, dream_pictures(models, buffer, names, steps,
                                            args.temperature or config.temperature, rng))
     else:
-        buffer = record(models, config.game, [args.seed], args.temperature or 1.0,
-                        args.steps or 200)
+        buffer = record(models, config.game, [args.seed], args.temperature, args.steps or 200)
         save_pictures(path, video_pictures(models, buffer, names))
 
 
@@ -1051,8 +1050,7 @@ def judge_one(args):
         models, config, interactions = load_models(args.runs[0], args.device)
         game, what = config.game, f"{args.runs[0]}, preset {config.preset}, seed {config.seed}"
         preset, seeds = config.preset, [config.seed]
-    temperature = args.temperature or 1.0
-    scores = play(models, game, args.episodes or 32, args.parallel, args.seed, temperature)
+    scores = play(models, game, args.episodes or 32, args.parallel, args.seed, args.temperature)
     if args.json:
         mean = float(np.mean(scores))
         print(json.dumps([{
@@ -1062,7 +1060,7 @@ def judge_one(args):
             "human_normalised": human_normalised(game, mean), "returns": scores}]))
         return
     print(f"{what}, after {interactions:,} real interactions")
-    print(f"protocol: {PROTOCOL}; temperature {temperature:g}")
+    print(f"protocol: {PROTOCOL}; temperature {args.temperature:g}")
     print(describe(game, scores))
 
 
@@ -1078,7 +1076,7 @@ def judge_many(args):
         for run in runs:
             models, _, run["interactions"] = load_models(run["folder"], args.device)
             run["returns"] = play(models, run["game"], args.episodes, args.parallel, args.seed,
-                                  args.temperature or 1.0)
+                                  args.temperature)
     if args.plot and not any(curves(group)[0].size for group in groups):
         raise UserError("there is nothing to plot: none of these runs was evaluated yet")
     if args.json:
@@ -1156,6 +1154,8 @@ def main(arguments=None):
             raise UserError("--markdown prints tables of runs: name one or more, and no look")
         if args.steps is not None and not 1 <= args.steps <= 2000:
             raise UserError("--steps must lie in 1 .. 2000")
+        if not (args.fidelity or args.dream or args.play):      # which have the run's own instead
+            args.temperature = args.temperature or 1.0
         if args.fidelity:
             show_fidelity(args)
         elif args.sweep_temperature:
