@@ -99,20 +99,25 @@ def continuous_bernoulli_nll(logits, x):
     return _ContinuousBernoulliNLL.apply(logits, x)
 
 
+# At x = 0 and x = 1 the density has no maximum: a black pixel pushes its logit to minus infinity, and
+# Atari is full of black: the decoder would learn nothing else. So the logits end at the logit of
+# 1 - 2^-23, where torch.distributions, too, ends its float32 probabilities.
+MAX_LOGIT = 15.9
+
+
 class _Clamp(torch.autograd.Function):
-    """Clamp to +-bound whose gradient still passes where it leads back inside."""
+    """Clamp to +-MAX_LOGIT whose gradient still passes where it leads back inside."""
 
     @staticmethod
-    def forward(ctx, logits, bound):
+    def forward(ctx, logits):
         ctx.save_for_backward(logits)
-        ctx.bound = bound
-        return logits.clamp(-bound, bound)
+        return logits.clamp(-MAX_LOGIT, MAX_LOGIT)
 
     @staticmethod
     def backward(ctx, grad):
         logits, = ctx.saved_tensors                         # descent moves them along -grad
-        outwards = ((logits > ctx.bound) & (grad < 0)) | ((logits < -ctx.bound) & (grad > 0))
-        return grad * ~outwards, None
+        outwards = ((logits > MAX_LOGIT) & (grad < 0)) | ((logits < -MAX_LOGIT) & (grad > 0))
+        return grad * ~outwards
 
 
 # --------------------------------------------------------------------------------------------------
@@ -223,58 +228,6 @@ class Codebook(nn.Module):
         usage = (usage + self.eps) / (total + num_codes * self.eps) * total
         self.codes.copy_(self.sums_debiased / usage[:, None])
 
-    def revive(self, z, threshold=0.01):
-        """Moves codes that get under `threshold` of a fair share of vectors
-        onto random vectors of z [N, D].
-
-        Before the first update no code has been used,
-        so this also starts all codes at encoder outputs.
-        """
-        correction = 1 - self.decay ** self.step
-        share = z.shape[0] / len(self.codes)
-        unused = self.usage <= threshold * share * correction                       # [K]
-        chosen = z[torch.randint(z.shape[0], unused.shape, device=z.device)]        # [K, D]
-        # As if each had been used by a tenth of its share: it survives, and moves quickly.
-        usage = 0.1 * share * correction
-        self.codes.copy_(torch.where(unused[:, None], chosen, self.codes))
-        self.sums.copy_(torch.where(unused[:, None], chosen * usage, self.sums))
-        self.usage.copy_(torch.where(unused, usage, self.usage))
-
-
-class Whitening(nn.Module):
-    """A fixed linear map of code vectors after which the codes vary alike in all directions (ours).
-
-    A trained codebook is badly conditioned: a few of the 32 directions hold most of its variance,
-    and what only the others tell apart hardly counts in a freshly initialised layer. Turning and
-    scaling takes nothing away: what a layer can compute from the codes it can from the whitened
-    codes too, with other weights. (But zeros around a padded map are now the mean of the codes.)
-    """
-
-    def __init__(self, code_dim=32):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(code_dim))                      # [D]
-        self.register_buffer("matrix", torch.eye(code_dim))                      # W  [D, D]
-
-    @torch.no_grad()
-    def fit(self, codes, ridge=1e-3):
-        """Makes the covariance of these codes [K, D], each counted once, as good as the identity;
-        elements keep a mean square of exactly 1.
-
-        ridge: share of the mean variance that is added in every direction,
-        so that the emptiest aren't blown up without end.
-        """
-        self.mean.copy_(codes.mean(0))
-        centred = codes - self.mean
-        variances, directions = torch.linalg.eigh(centred.T @ centred / len(codes))
-        scales = (variances + ridge * variances.mean()).rsqrt()
-        self.matrix.copy_(directions * scales @ directions.T)
-        self.matrix /= (centred @ self.matrix).square().mean().sqrt()
-
-    def forward(self, codes):
-        """Code vectors [K, D] -> the same whitened, float32 [K, D]."""
-        with full_precision(codes.device):
-            return (codes - self.mean) @ self.matrix
-
 
 class VQVAE(nn.Module):
     """Observation encoder p(z | x) and decoder p(x | z) of Table 1.
@@ -283,20 +236,13 @@ class VQVAE(nn.Module):
     keep their dimension, so dynamics and policy do not notice.
     """
 
-    def __init__(self, in_channels=4, num_codes=128, code_dim=32, width=1.0, commitment=0.25,
-                 max_logit=15.9):
+    def __init__(self, in_channels=4, num_codes=128, code_dim=32, width=1.0, commitment=0.25):
         super().__init__()
         widths = [max(4, round(c * width)) for c in (32, 64, 128, 256)]
         self.encoder = encoder_trunk(in_channels, code_dim, widths)
         self.codebook = Codebook(num_codes, code_dim)
         self.decoder = decoder_trunk(in_channels, code_dim, widths)
         self.commitment = commitment
-        # At x = 0 and x = 1 the density has no maximum: a black pixel pushes its logit to minus
-        # infinity, and Atari is full of black: the decoder would learn nothing else. So the logits
-        # end at +-15.9, the logit of 1 - 2^-23, where torch.distributions silently ends its float32
-        # probabilities. Unlike there, a logit beyond the end can come back: Breakout's field is
-        # black, and under a plain clamp, with no gradient out there, its ball would not be learned.
-        self.max_logit = max_logit
 
     def features(self, x):
         """Images [B,C,H,W], uint8 or float in [0,1] -> encoder outputs z_e, float32 [B,D,6,6]."""
@@ -339,21 +285,20 @@ class VQVAE(nn.Module):
 
     def logits(self, z_q):
         """Embedded codes [B,D,6,6]
-        -> continuous Bernoulli logits float32 [B,C,H,W] within +-max_logit.
+        -> continuous Bernoulli logits float32 [B,C,H,W] within +-MAX_LOGIT.
         """
-        return _Clamp.apply(self.decoder(z_q).float(), self.max_logit)
+        return _Clamp.apply(self.decoder(z_q).float())
 
     @torch.no_grad()
     def decode(self, codes):
         """Codes int64 [B,6,6] -> images float32 [B,C,H,W] in [0,1]: the mean of p(x | z)."""
         return continuous_bernoulli_mean(self.logits(self.embed(codes)))
 
-    def loss(self, x, revive=False, weight=None):
+    def loss(self, x, weight=None):
         """-ELBO + commitment on observations [B,C,H,W], uint8 or float in [0,1] -> (scalar, dict).
 
-        In training mode the codebook moves (and with `revive` its unused codes are put to use); in
-        evaluation mode nothing changes. weight [B,C,H,W] multiplies each pixel's -log p in the
-        scalar (None: the ELBO proper), never in the parts.
+        In training mode the codebook moves; in evaluation mode nothing changes. weight [B,C,H,W]
+        multiplies each pixel's -log p in the scalar (None: the ELBO proper), never in the parts.
         Parts, all detached scalars, in nats per observation where not said:
           elbo            log p(x | z) - KL, sum over 36,864 pixels, mean over the batch
           reconstruction  -log p(x | z)
@@ -365,8 +310,6 @@ class VQVAE(nn.Module):
         """
         x = to_unit(x)
         z_e = self.features(x)                                                   # [B, D, 6, 6]
-        if self.training and revive:
-            self.codebook.revive(z_e.detach().permute(0, 2, 3, 1).flatten(0, 2))
         codes, flat = self.quantise(z_e)
         z_q = self.embed(codes)
 
@@ -456,19 +399,14 @@ def is_foreground(frames, pictures):
     return (frames.int() - pictures[most_alike(frames, pictures)].int()).abs() > 10
 
 
-def foreground_weight(x, pictures, weight, newest=1.0):
+def foreground_weight(x, pictures, weight):
     """1 + weight where a pixel is foreground, 1 elsewhere: [B,C,H,W] for `loss`.
-    Pixels of the newest frame, the last of C, weigh `newest` times as much as those of the others,
-    at the same mean.
 
     x uint8 [B,C,H,W], pictures uint8 [n,H,W] as `backgrounds` finds them. A ball of 3 pixels
     is worth 13 nats of 11,000, but only once it is drawn in the right place: knowing just its cell
     of 16x16 pixels gains next to nothing, so plain likelihood hardly ever starts to learn it.
     """
-    frames = torch.ones(x.shape[1], 1, 1, device=x.device)
-    frames[-1] = newest
-    foreground = is_foreground(x.flatten(0, 1), pictures).view(x.shape)
-    return frames / frames.mean() * (1 + weight * foreground)
+    return 1 + weight * is_foreground(x.flatten(0, 1), pictures).view(x.shape)
 
 
 def foreground_error(images, reconstructions, threshold=0.04, pictures=None):
@@ -545,7 +483,7 @@ def main():
 
     some = frames[:-held_out:4]
     pictures = backgrounds(some)
-    model = VQVAE(width=args.width, commitment=50.0)
+    model = VQVAE(width=args.width)
     model.start_at_brightness(some.median(0).values.float().mean() / 255)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     print(f"{args.game}: {args.steps} random steps, {args.seconds:.0f} s of training", flush=True)
@@ -555,7 +493,7 @@ def main():
         weight = 40 * 0.1 ** min(max((done - 0.5) / 0.4, 0), 1)
         optimizer.param_groups[0]["lr"] = 1e-3 + (1e-4 - 1e-3) * done
         x = stacked(torch.randint(args.steps - held_out, (12,)))
-        loss, parts = model.loss(x, revive=True, weight=foreground_weight(x, pictures, weight))
+        loss, parts = model.loss(x, weight=foreground_weight(x, pictures, weight))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
