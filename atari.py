@@ -18,7 +18,11 @@ Dimension key:  B samples   L window length   n windows   N frames stored   H = 
 """
 import argparse
 import difflib
+import os
+import signal
 import sys
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))     # Ctrl-C: no traceback, from now on
 
 import ale_py
 import gymnasium as gym
@@ -49,30 +53,35 @@ def area_matrix(n_in, n_out):
     return (np.clip(overlap, 0, None) / scale).astype(np.float32)
 
 
-def make_ale(game, **kwargs):
-    """The bare emulator at 60 frames a second.
+def canonical_name(game):
+    """The name as the tables of the papers write it: "space_invaders" -> "SpaceInvaders".
     Raises ValueError naming the nearest games if unknown.
     """
-    names = sorted({spec.split("/")[1][:-3] for spec in gym.registry
-                    if spec.startswith("ALE/") and spec.endswith("-v5")})
-    if game not in names:
-        by_lower = {name.lower(): name for name in names}
-        close = difflib.get_close_matches(str(game).lower().replace("_", ""), by_lower,
-                                          n=3, cutoff=0.5)
-        hint = ", ".join(by_lower[c] for c in close) or "Pong, Freeway, Breakout"
+    names = {spec[4:-3].lower(): spec[4:-3] for spec in gym.registry
+             if spec.startswith("ALE/") and spec.endswith("-v5")}
+    plain = "".join(filter(str.isalnum, str(game).lower()))
+    if plain not in names:
+        close = difflib.get_close_matches(plain, names, n=3, cutoff=0.5)
+        hint = ", ".join(names[c] for c in close) or "Pong, Freeway, Breakout"
         raise ValueError(f"unknown game {game!r}; the nearest names: {hint}")
+    return names[plain]
+
+
+def make_ale(game, **kwargs):
+    """The bare emulator at 60 frames a second. game: as `canonical_name` takes it."""
     # "-v5" would repeat the last action with probability 0.25 ("sticky actions"); the 100K protocol
     # does not. The minimal action set is the default (full_action_space=False), and losing a life
     # does not end an episode.
-    return gym.make(f"ALE/{game}-v5", frameskip=1, repeat_action_probability=0.0,
+    return gym.make(f"ALE/{canonical_name(game)}-v5", frameskip=1, repeat_action_probability=0.0,
                     obs_type="grayscale", disable_env_checker=True, **kwargs).unwrapped
 
 
 class AtariEnv:
     """One Atari game under the protocol of the Atari 100K papers.
 
-    game        name as in the tables of the paper, e.g. "Pong" or "BankHeist"
-    seed        int or None; the seed of the first reset. Equal seeds and actions give equal frames.
+    game        name in any spelling, e.g. "BankHeist" or "bank heist"; `game` then has the former
+    seed        None or an int from 0 to 2**31 - 1 (the emulator takes no other; else ValueError) of
+                the first reset. Equal seeds and actions give equal frames.
     size        side of the square output frames, pixels
     frame_skip  emulator frames per step; the action is held, the rewards are summed
     noop_max    at reset, between 1 and noop_max emulator frames of doing nothing (0: none), so that
@@ -83,14 +92,13 @@ class AtariEnv:
     """
 
     def __init__(self, game, seed=None, size=96, frame_skip=4, noop_max=30):
-        self.ale = make_ale(game)
-        self.game, self.size, self.frame_skip, self.noop_max = game, size, frame_skip, noop_max
+        self.game, self.ale = canonical_name(game), make_ale(game)
+        self.size, self.frame_skip, self.noop_max = size, frame_skip, noop_max
         self.num_actions = int(self.ale.action_space.n)
         self.action_meanings = list(self.ale.get_action_meanings())
         height, width = self.ale.observation_space.shape     # 210 x 160, some games 250 x 160
         self.rows, self.columns = area_matrix(height, size), area_matrix(width, size).T
-        self.seed = seed
-        self.rng = np.random.default_rng(seed)
+        self.restart_randomness(seed)
 
     @property
     def lives(self):
@@ -103,29 +111,37 @@ class AtariEnv:
         """
         return np.rint(self.rows @ screen.astype(np.float32) @ self.columns).astype(np.uint8)
 
+    def restart_randomness(self, seed):
+        if seed is not None and not 0 <= seed < 2**31:
+            raise ValueError(f"a seed must be from 0 to {2**31 - 1}, not {seed}")
+        self.seed, self.rng = seed, np.random.default_rng(seed)
+
     def reset(self, seed=None):
         """Starts an episode and returns its first frame, uint8 [size, size].
         A seed restarts all randomness.
         """
         if seed is not None:
-            self.seed, self.rng = seed, np.random.default_rng(seed)
+            self.restart_randomness(seed)
         screen, _ = self.ale.reset(seed=self.seed)
         self.seed = None                                 # seed the emulator once, not each episode
         if self.noop_max > 0:
             for _ in range(self.rng.integers(1, self.noop_max + 1)):
-                screen, _, terminated, truncated, _ = self.ale.step(0)
-                if terminated or truncated:
-                    screen, _ = self.ale.reset()
+                self.ale.ale.act(ale_py.Action.NOOP)     # two minimal action sets lack it
+                if self.ale.ale.game_over():
+                    self.ale.reset()
+            screen = self.ale.ale.getScreenGrayscale()
         return self.resize(screen)
 
     def step(self, action):
-        """Holds `action` (int in [0, M)) for `frame_skip` emulator frames.
+        """Holds `action` (int in [0, M), else ValueError) for `frame_skip` emulator frames.
 
         Returns (frame uint8 [size, size], reward float in the game's own points,
                  terminated bool: the game is over,
                  truncated bool: it was cut after the usual 108,000 emulator frames,
                                  30 minutes of play).
         """
+        if action not in range(self.num_actions):
+            raise ValueError(f"an action must be from 0 to {self.num_actions - 1}, not {action}")
         reward, previous = 0.0, None
         for _ in range(self.frame_skip):
             older, (screen, r, terminated, truncated, _) = previous, self.ale.step(int(action))
@@ -174,9 +190,13 @@ class ExperienceBuffer:
         """Appends one step, or n steps at once when every argument has a leading axis n.
 
         frame uint8 [H, W] or [n, H, W]; lost: whether a life was.
-        Raises IndexError when the capacity is exceeded.
+        Raises IndexError when the capacity is exceeded, ValueError for what bytes cannot hold.
         """
         frame = np.asarray(frame)
+        if frame.dtype != np.uint8:
+            raise ValueError(f"frames must be uint8, 0 black, 255 white, not {frame.dtype}")
+        if np.any(np.asarray(action).astype(np.uint8) != action):
+            raise ValueError(f"actions must be integers from 0 to 255, not {action}")
         n = 1 if frame.ndim == 2 else len(frame)
         if self.size + n > self.capacity:
             raise IndexError(f"the buffer holds {self.capacity} steps, {self.size} are in it, "
@@ -227,15 +247,23 @@ def main():
     parser.add_argument("--game", default="Pong")
     parser.add_argument("--steps", type=int, default=1000, help="steps of four emulator frames")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default=None, help="the picture (default: atari_<game>.png)")
+    parser.add_argument("--out", help="the picture (default: atari_<game>.png)")
     args = parser.parse_args()
+    if not 1 <= args.steps <= 10**6:
+        sys.exit("error: --steps must be from 1 to 1000000 (half an hour, 9 GB)")
     try:
         env = AtariEnv(args.game, seed=args.seed)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    import matplotlib
-    matplotlib.use("Agg")
+    out = args.out or f"atari_{env.game}.png"
+    if not out.endswith(".png"):
+        sys.exit("error: --out must end in .png")
+    open(out, "ab").close()                         # fails now, not after the work
+    if not os.path.getsize(out):
+        os.remove(out)
+    os.environ["MPLBACKEND"] = "Agg"                # whatever a notebook or the user's settings say
     import matplotlib.pyplot as plt
+    plt.rcdefaults()
 
     # Play at random, as the very first iteration of the algorithm does.
     buffer, rng = ExperienceBuffer(args.steps), np.random.default_rng(args.seed)
@@ -249,14 +277,13 @@ def main():
         if terminated or truncated:
             returns.append(score)
             frame, score = env.reset(), 0.0
-    print(f"{args.game}: M = {env.num_actions} actions: {', '.join(env.action_meanings)}")
+    print(f"{env.game}: M = {env.num_actions} actions: {', '.join(env.action_meanings)}")
     print(f"{args.steps} random steps = {args.steps * 4} frames, "
           f"rewarded steps: {np.count_nonzero(buffer.rewards)}, finished episodes: {len(returns)}"
-          + (f", mean score {np.mean(returns):.1f}" if returns else ""))
+          + (f", mean score {np.mean(returns):.1f}" if returns else ""), flush=True)
 
     # The raw screen, then one observation: four frames, and in colour what moved between them.
-    row = max(args.steps - 1, 0)
-    stack = buffer.stacked([row])[0]                                     # [4, 96, 96]
+    stack = buffer.stacked([args.steps - 1])[0]                                     # [4, 96, 96]
     figure, axes = plt.subplots(1, 6, figsize=(15, 3.1))
     axes[0].imshow(env.ale.ale.getScreenRGB())
     axes[0].set_title("emulator 210x160")
@@ -269,10 +296,13 @@ def main():
     for ax in axes:
         ax.axis("off")
     figure.tight_layout()
-    out = args.out or f"atari_{args.game}.png"
     figure.savefig(out, dpi=80)
-    print(f"saved {out}")
+    print(f"saved {out}", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, UnicodeError) as error:        # nowhere to write: a closed pipe, a full disk
+        sys.stdout = None                           # or it is tried once more at the end
+        sys.exit(f"error: {error}")

@@ -20,7 +20,12 @@ convolutions (Shi et al., 2015): what happens at a place depends on what was nea
 Dimension key:  B batch   I input channels   C hidden channels   H = W = 6 (the map)   T steps
 """
 import argparse
+import os
+import signal
+import sys
 import time
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))     # Ctrl-C: no traceback, from now on
 
 import torch
 import torch.nn as nn
@@ -93,9 +98,17 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="convlstm_ball.png")
     args = parser.parse_args()
-    import matplotlib
-    matplotlib.use("Agg")
+    for name, low, high in ("updates", 1, 10**6), ("seed", 0, 2**31 - 1):
+        if not low <= getattr(args, name) <= high:
+            sys.exit(f"error: --{name} must be from {low} to {high}")
+    if not args.out.endswith(".png"):
+        sys.exit("error: --out must end in .png")
+    open(args.out, "ab").close()                    # fails now, not after the work
+    if not os.path.getsize(args.out):
+        os.remove(args.out)
+    os.environ["MPLBACKEND"] = "Agg"                # whatever a notebook or the user's settings say
     import matplotlib.pyplot as plt
+    plt.rcdefaults()
     torch.manual_seed(args.seed)
 
     # Watch 5 frames, then live on one's own predictions: the dream of the paper in miniature.
@@ -132,7 +145,7 @@ def main():
     print("squared error of the prediction, and of 'the ball stays where it was last seen':")
     for t in (watch - 1, watch + 1, watch + 4, total - 2):
         print(f"  {t - watch + 2:2d} steps after the last real frame: {error[t]:.2f}   "
-              f"still: {still[t]:.2f}")
+              f"still: {still[t]:.2f}", flush=True)
 
     figure, axes = plt.subplots(2, total - 1, figsize=(total - 1, 2.4))
     for t in range(total - 1):
@@ -145,8 +158,12 @@ def main():
     axes[1, 0].set_ylabel("predicted")
     figure.tight_layout()
     figure.savefig(args.out, dpi=80)
-    print(f"saved {args.out}")
+    print(f"saved {args.out}", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, UnicodeError) as error:        # nowhere to write: a closed pipe, a full disk
+        sys.stdout = None                           # or it is tried once more at the end
+        sys.exit(f"error: {error}")

@@ -446,5 +446,5 @@ if __name__ == "__main__":
     try:
         main()
     except (OSError, UnicodeError) as error:        # nowhere to write: a closed pipe, a full disk
-        print("error:", error, file=sys.stderr)
-        os._exit(1)
+        sys.stdout = None                           # or it is tried once more at the end
+        sys.exit(f"error: {error}")
