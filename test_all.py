@@ -26,6 +26,7 @@ import os
 import pathlib
 import random
 import re
+import runpy
 import shutil
 import signal
 import struct
@@ -37,6 +38,7 @@ import types
 # A process that has used a GPU can't be forked, and the tests fork.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
+import ale_py
 import gymnasium as gym
 import matplotlib.pyplot                       # here, so that forked children need not
 import mpmath                                  # comes with torch
@@ -52,7 +54,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import evaluate
 import ppo
 import train
-from atari import AtariEnv, ExperienceBuffer, area_matrix
+import vqvae
+from atari import AtariEnv, ExperienceBuffer, area_matrix, canonical_name
 from convlstm import ConvLSTMCell
 from dynamics import Dynamics, DreamEnv, dream, reward_class, sample
 from ppo import ActorCritic, gae, ppo_loss, ppo_update
@@ -252,6 +255,58 @@ def test_all_experience_fits_into_a_gigabyte():
     assert len(full) == 3
 
 
+def test_what_bytes_cannot_hold_is_refused_and_not_wrapped():
+    """atari.py: frames are bytes, actions exist, seeds are the emulator's."""
+    env, buffer = AtariEnv("Pong", seed=0), ExperienceBuffer(9, size=2)
+    env.reset()
+    for action in (-1, 6, 0.5, math.nan):
+        with pytest.raises(ValueError, match="from 0 to 5"):
+            env.step(action)
+    frames = np.full((2, 2, 2), 255, np.uint8)
+    for action in (-1, 256, 300, 0.5, [0, 300], [-1, 0]):
+        with pytest.raises(ValueError, match="from 0 to 255"):
+            buffer.add(frames if isinstance(action, list) else frames[0], action, 0, False, False)
+    with pytest.raises(ValueError, match="uint8"):
+        buffer.add(frames[0] / 255, 0, 0, False, False)
+    assert len(buffer) == 0 and not buffer.frames.any()
+    buffer.add(frames, np.array([0, 255]), np.zeros(2), np.zeros(2, bool), np.zeros(2, bool))
+    assert buffer.actions[:2].tolist() == [0, 255] and (buffer.frames[:2] == 255).all()
+    for seed in (-1, 2**31):
+        with pytest.raises(ValueError, match="from 0 to 2147483647"):
+            AtariEnv("Pong", seed=seed)
+        with pytest.raises(ValueError, match="from 0 to 2147483647"):
+            env.reset(seed=seed)
+    assert AtariEnv("Pong", seed=2**31 - 1).reset().any()
+
+
+def test_names_are_taken_in_any_spelling():
+    """atari.py, canonical_name: "Space Invaders" and the like; `game` has the tables' spelling."""
+    for name in ("SpaceInvaders", "Space Invaders", "spaceinvaders", "space_invaders"):
+        assert canonical_name(name) == "SpaceInvaders"
+    assert AtariEnv("bank heist").game == "BankHeist"
+    games = [key[4:-3] for key in gym.registry if re.fullmatch("ALE/.*-v5", key)]
+    assert len(games) > 100 and [canonical_name(game) for game in games] == games
+    for wrong, near in (("Space Invadrs", "SpaceInvaders"), ("", "Pong"), (None, "Pong")):
+        with pytest.raises(ValueError, match=f"{wrong!r}; the nearest names: .*{near}"):
+            canonical_name(wrong)
+
+
+def test_waiting_never_fires():
+    """atari.py, reset: action 0 of Backgammon is FIRE; what is waited are no-ops all the same."""
+    env, bare = AtariEnv("Backgammon", seed=1), AtariEnv("Backgammon", noop_max=0)
+    assert "NOOP" not in env.action_meanings
+    waited = np.random.default_rng(1).integers(1, 31)
+    screens = []
+    for action in (ale_py.Action.NOOP, ale_py.Action.FIRE):
+        bare.reset(seed=1)
+        for _ in range(waited):
+            bare.ale.ale.act(action)
+        screens.append(bare.ale.ale.getRAM())
+    env.reset()
+    assert np.array_equal(env.ale.ale.getRAM(), screens[0])
+    assert not np.array_equal(*screens)                              # or nothing was tested
+
+
 # ----------------------------------------------------------------------------------------------
 # vqvae.py: the continuous Bernoulli, the counts of Table 3, the codebook
 # ----------------------------------------------------------------------------------------------
@@ -434,6 +489,37 @@ def test_decoding_shows_the_mean_and_logits_end_at_the_clamp():
     assert torch.equal(images, continuous_bernoulli_mean(logits))
 
 
+def test_the_clamps_gradient_leads_back_inside_only():
+    """vqvae.py, MAX_LOGIT: beyond an end the gradient of that end, but never outwards."""
+    vqvae, _ = small_vqvae()
+    vqvae.decoder = torch.nn.Identity()
+    logits = torch.tensor([-40., -16., -15., 0., 15., 16., 40.])
+    for x, outwards in ((0.0, logits < -15.9), (0.03, logits < -15.9), (0.3, logits > 99),
+                        (0.7, logits > 99), (0.97, logits > 15.9), (1.0, logits > 15.9)):
+        inputs, xs = logits.clone().requires_grad_(), torch.full_like(logits, x)
+        continuous_bernoulli_nll(vqvae.logits(inputs), xs).sum().backward()
+        expected = continuous_bernoulli_mean(logits.clamp(-15.9, 15.9)) - x
+        torch.testing.assert_close(inputs.grad, torch.where(outwards, 0, expected))
+    # torch.distributions leads back as well, with the plain Bernoulli's sigmoid(l) - x.
+    far = torch.tensor([-40., -20.], requires_grad=True)
+    torch.distributions.ContinuousBernoulli(logits=far).log_prob(torch.tensor(0.3)).sum().backward()
+    torch.testing.assert_close(-far.grad, torch.tensor([-0.3, -0.3]))
+
+
+def test_the_first_pictures_are_as_bright_as_the_game():
+    """vqvae.py, start_at_brightness: the mean in bright games, inside the clamp in dark ones."""
+    vqvae, _ = small_vqvae()
+    codes = torch.randint(128, (2, 6, 6))
+    for mean in (0.2, 0.35, 0.5, 0.65, 0.8):
+        vqvae.start_at_brightness(torch.tensor(mean))
+        bias = vqvae.decoder[-1].bias
+        torch.testing.assert_close(bias, torch.full((4,), 1 / (1 - mean) - 1 / mean))
+        assert vqvae.decode(codes).mean().item() == pytest.approx(mean, abs=0.06)
+    for mean, end in ((0.0, -15.9), (1e-3, -15.9), (0.03, -15.9), (0.97, 15.9), (1.0, 15.9)):
+        vqvae.start_at_brightness(torch.tensor(mean))
+        assert (vqvae.decoder[-1].bias == end).all(), mean
+
+
 def test_vqvae_loss_and_its_parts():
     """Section 3.4, "Constant KL": KL is 36 log 128; usage and perplexity against direct counts."""
     vqvae, x = small_vqvae()
@@ -581,6 +667,87 @@ def test_convlstm_norms_and_peepholes_by_hand():
             np.testing.assert_allclose(new_h[b, k].detach(), o * np.tanh(new), rtol=1e-8)
     first = ConvLSTMCell(4, 5).initial_state(3)
     assert all(s.shape == (3, 5, 6, 6) and s.dtype == torch.float32 and not s.any() for s in first)
+
+
+# ----------------------------------------------------------------------------------------------
+# The demos of these three
+# ----------------------------------------------------------------------------------------------
+
+
+def demo(monkeypatch, name, *arguments):
+    """Runs `python NAME.py ARGUMENTS` in this process: what it says when it fails, or None."""
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)           # the tests' own Ctrl-C stays
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    try:
+        runpy.run_path(str(HERE / f"{name}.py"), run_name="__main__")
+    except SystemExit as stop:
+        return stop.code
+
+
+@pytest.mark.parametrize("name, flags", [
+    ("atari", "--steps 0/--steps -1/--steps 1000000000/--seed -1/--seed 2147483648/--game Pogn"),
+    ("vqvae", "--updates 0/--updates 1000000000/--width 0/--width nan/--width 1e9/--width -1/"
+              "--seed -1/--seed 2147483648/--game Pogn"),
+    ("convlstm", "--updates 0/--updates 1000000000/--seed -1/--seed 2147483648")])
+def test_demos_refuse_in_one_line_before_any_work(name, flags, monkeypatch, tmp_path):
+    """Numbers out of range, unknown games, pictures that cannot be written."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
+    files = ("nowhere/x.png", "folder.png", "x.nonsense", "x", "x" * 300 + ".png")
+    for arguments in [flag.split() for flag in flags.split("/")] + [["--out", f] for f in files]:
+        line = demo(monkeypatch, name, *arguments)
+        assert isinstance(line, str) and re.fullmatch("error: .+", line), (arguments, line)
+        assert arguments[0] in line or arguments[1] in line, (arguments, line)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.png"]
+
+
+def test_a_demo_is_not_ended_by_surroundings(tmp_path):
+    """The user's matplotlib settings change nothing; lost output is said in one line."""
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nbackend: TkAgg\n")
+    run = functools.partial(
+        subprocess.run, cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"MPLBACKEND": "module://nowhere", "OMP_NUM_THREADS": "1"})
+    line = [sys.executable, str(HERE / "atari.py"), "--steps", "5", "--game", "space_invaders"]
+    done = run(line, stdout=subprocess.DEVNULL)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "atari_SpaceInvaders.png").stat().st_size > 5000
+    with open("/dev/full", "w") as full:
+        done = run(line, stdout=full)
+    assert done.returncode == 1
+    assert done.stderr == "error: [Errno 28] No space left on device\n"
+
+
+def test_ctrl_c_ends_a_demo_from_its_first_moment(tmp_path):
+    """While it imports, too: exit status 130 and nothing on stderr."""
+    for name in ("torch", "ale_py"):
+        (tmp_path / f"{name}.py").write_text("import os, signal, time\n"
+                                             "os.kill(os.getpid(), signal.SIGINT)\n"
+                                             "time.sleep(60)\n")
+    for name in ("atari", "vqvae", "convlstm"):
+        shutil.copy(HERE / f"{name}.py", tmp_path)
+        status, _, lines = command(tmp_path / f"{name}.py")
+        assert (status, lines) == (130, []), name
+
+
+def test_the_demo_of_the_vqvae(monkeypatch, tmp_path, capsys):
+    """Its random play is stacked as in atari.py; it leaves a picture and two errors."""
+    play = vqvae.random_play("pong", 30, seed=0)
+    assert play.shape == (30, 4, 96, 96) and play.dtype == torch.uint8
+    assert torch.equal(play[1:, :3], play[:-1, 1:]) and (play[0] == play[0, 0]).all()
+    assert len(play[:, 3].unique(dim=0)) > 10
+    assert torch.equal(play, vqvae.random_play("Pong", 30, seed=0))
+
+    # In these frames nothing moves but the score: the field's error has nothing to count.
+    frames = torch.zeros(2720, 4, 96, 96, dtype=torch.uint8)
+    frames[torch.arange(2720) % 9 == 0, :, 3:9, 40:50] = 200
+    monkeypatch.setattr(vqvae, "random_play", lambda game, steps, seed: frames)
+    monkeypatch.setattr(sys, "argv", ["vqvae.py", "--updates", "2", "--width", "0.01",
+                                      "--out", str(tmp_path / "x.png")])
+    vqvae.main()
+    whole, field = re.findall(r": ([\d.]+)$", capsys.readouterr().out, re.MULTILINE)
+    assert float(whole) > 0.5 and float(field) == 0
+    assert (tmp_path / "x.png").stat().st_size > 5000
 
 
 # ----------------------------------------------------------------------------------------------

@@ -408,7 +408,7 @@ def main():
     plt.rcdefaults()
     torch.manual_seed(args.seed)
 
-    observations, new = random_play(args.game, 3000, args.seed).split((2700, 300))
+    observations, new = random_play(args.game, 3000, args.seed).tensor_split([2700])
     pictures = backgrounds(observations[::4, 3])
     model = VQVAE(width=args.width)
     model.start_at_brightness(pictures.float().mean() / 255)
@@ -436,7 +436,7 @@ def main():
             axes, ("original", "foreground", "36 codes", "reconstruction"), (255, 1, 127, 1),
             (new[:, 3], is_foreground(new[:, 3], pictures), codes, images[:, 3])):
         row[0].set_ylabel(label)
-        for ax, image in zip(row, pixels[::40]):
+        for ax, image in zip(row, pixels[::40].numpy()):
             ax.imshow(image, cmap="nipy_spectral" if top == 127 else "gray", vmin=0, vmax=top)
     figure.savefig(out, dpi=80)
     print(f"saved {out}", flush=True)
