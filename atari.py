@@ -17,10 +17,17 @@ interactions of the paper are therefore 400K frames, 1.9 hours of play.
 Dimension key:  B samples   L window length   n windows   N frames stored   H = W = 96 pixels
 """
 import argparse
+import contextlib
 import difflib
+import errno
+import io
+import itertools
 import os
+import pathlib
 import signal
+import stat
 import sys
+
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))     # Ctrl-C: no traceback, from now on
 
@@ -168,6 +175,8 @@ class ExperienceBuffer:
     times the memory: 102,400 frames are 944 MB, 102,400 stacks 3.8 GB.
     """
 
+    COLUMNS = ("frames", "actions", "rewards", "terminated", "truncated", "lost")     # as add takes
+
     def __init__(self, capacity, size=96):
         self.capacity, self.size = capacity, 0
         self.frames = np.zeros((capacity, size, size), np.uint8)  # untouched pages cost no memory
@@ -226,6 +235,29 @@ class ExperienceBuffer:
         rows = indices[..., None] - np.arange(STACK - 1, -1, -1)     # [..., 4] = t-3, t-2, t-1, t
         return self.frames[np.maximum(rows, self.start[indices][..., None])]
 
+    def some_frames(self, most=800):
+        """uint8 [n, H, W]: some of all frames, evenly spread."""
+        return self.frames[:self.size:-(-self.size // most)]
+
+    def to_bytes(self, first, last):
+        """Rows first .. last - 1 as the bytes of a compressed .npz."""
+        data = io.BytesIO()
+        np.savez_compressed(data, **{name: getattr(self, name)[first:last]
+                                     for name in self.COLUMNS})
+        return data.getvalue()
+
+    def add_bytes(self, data):
+        """Appends the rows that `to_bytes` wrote. Raises ValueError if it did not write them."""
+        try:
+            with np.load(io.BytesIO(data), allow_pickle=False) as file:
+                columns = [file[name] for name in self.COLUMNS]
+            if any(column.dtype != getattr(self, name).dtype or len(column) != len(columns[0])
+                   for name, column in zip(self.COLUMNS, columns)):
+                raise TypeError
+            self.add(*columns)
+        except Exception:                                # another archive, or none at all
+            raise ValueError("this is no experience of such a run") from None
+
     def windows(self, length, rng):
         """Cuts the whole buffer into windows of consecutive rows:
         int64 [n, length], in order of time.
@@ -239,6 +271,113 @@ class ExperienceBuffer:
         offset = int(rng.integers(min(length, self.size - length + 1)))
         n = (self.size - offset) // length
         return offset + np.arange(n * length).reshape(n, length)
+
+    def epoch(self, length, batch, rng):
+        """One pass over all windows in random order, in batches: int64 [n, batch, length]."""
+        windows = rng.permutation(self.windows(length, rng))
+        n = batches_per_epoch(self.size, length, batch)
+        return windows[:n * batch].reshape(n, batch, length)
+
+
+def batches_per_epoch(rows, length, batch):
+    """Full batches of windows in one pass over so many rows, whatever the windows' offset."""
+    return (rows - length + 1) // length // batch
+
+
+def random_play(num_actions, rng, segment=0):
+    """A generator of uniformly random actions, int in [0, M), the policy of the first round.
+
+    They never cross Freeway's road. With segment > 0 the odds are uneven, a few actions preferred,
+    and drawn anew every so many steps.
+    """
+    for step in itertools.count():
+        if segment and step % segment == 0:
+            odds = rng.dirichlet(np.full(num_actions, 0.3))
+        yield int(rng.choice(num_actions, p=odds) if segment else rng.integers(num_actions))
+
+
+def held_at_random(num_actions, rng, chance):
+    """A generator, for each step: None, or with this chance a random action, which is then held for
+    2, 4, 8 or 16 steps (temporally extended exploration, Dabney et al., 2021). A policy that has
+    made up its mind would never show the world model what the other actions lead to.
+    """
+    while True:
+        if rng.random() < chance:
+            action = int(rng.integers(num_actions))
+            yield from [action] * 2 ** int(rng.integers(1, 5))
+        else:
+            yield None
+
+
+# --------------------------------------------------------------------------------------------------
+# Files: whole or not at all, never through a link. (All experience is on disk as well: train.py)
+# --------------------------------------------------------------------------------------------------
+
+DIRECT = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)       # Windows lacks the one
+
+
+def read_regular(path, most=2**32):
+    """The bytes of a regular file of at most `most` bytes. ValueError for whatever else is there: a
+    link, a folder, a pipe that would never end.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | DIRECT | getattr(os, "O_NONBLOCK", 0))
+        with open(descriptor, "rb") as file:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode) or status.st_size > most:
+                raise ValueError(f"{path} is no regular file, or too large for what it should be")
+            return file.read(most)
+    except OSError as error:
+        reason = "it is a link" if error.errno == errno.ELOOP else error.strerror
+        raise ValueError(f"cannot read {path}: {reason}") from error
+
+
+def write_atomically(path, data, keep=None):
+    """Bytes -> file, so that at any moment the path holds all of the old or all of the new content.
+    ValueError if that is not possible; the old file is then as it was.
+
+    keep: the old file gets this name, once the new one is whole on the disk.
+    """
+    path = pathlib.Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.unlink(missing_ok=True)           # whatever it is, perhaps a link to elsewhere
+        new = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | DIRECT, 0o666)
+        with open(new, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            os.replace(path, keep)
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise ValueError(f"cannot write {path}: {error.strerror}") from error
+    with contextlib.suppress(OSError):              # not every system can, nor every file system
+        descriptor = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)                    # the rename survives a power cut
+        finally:
+            os.close(descriptor)
+
+
+def lock_folder(folder):
+    """Keeps a second process out of a run folder, as long as the file it returns is open; the lock
+    dies with the process, however it dies. ValueError if another one has it.
+    """
+    try:
+        file = open(os.open(folder / "lock", os.O_RDWR | os.O_CREAT | DIRECT, 0o666), "r+b")
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"another process is writing {folder}; wait for it or stop it") from None
+    except ImportError:
+        pass                                        # no such locks on this system, or
+    except OSError as error:                        # on this file system
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise ValueError(f"cannot write {folder / 'lock'}: {error.strerror}") from error
+    return file
 
 
 def main():
