@@ -390,7 +390,7 @@ def main():
     parser = argparse.ArgumentParser(description="Learn a VQ-VAE of an Atari game, save pictures.")
     parser.add_argument("--game", default="Boxing")
     parser.add_argument("--updates", type=int, default=700, help="gradient steps, 0.1 s each")
-    parser.add_argument("--width", type=float, default=0.5, help="channels, times; 4 needs 2 GB")
+    parser.add_argument("--width", type=float, default=0.5, help="channels, times those of Table 3")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", help="the picture (default: vqvae_<game>.png)")
     args = parser.parse_args()
