@@ -162,7 +162,7 @@ class Dynamics(nn.Module):
         return self.end_head(y).float()[:, 0] - math.log(END_WEIGHT)
 
     def loss(self, codes, actions, rewards, ends, embed, context=4, reward_weight=1e-6,
-             terminated=None, window_weight=None, temperature=1.0):
+             terminated=None, temperature=1.0):
         """Maximum likelihood of Eq. 6 and 7 over windows of L observations
         -> (scalar, dict of parts).
 
@@ -177,9 +177,6 @@ class Dynamics(nn.Module):
                  trunk (Section 3.4), and raises the head's learning rate
         terminated bool [B, L], what the third head is to predict, if there is one: the game or a
                  life was over after a_t (not: recording was cut there); None: the same as ends
-        window_weight float [B], how much each window counts in the losses of the heads for rewards
-                 and ends (None: all alike). Who draws windows with rewards more often than they
-                 are must weigh them less, or the dream will pay more than the game
         temperature  of the model's own samples, as in `dream`
 
         Parts, detached: code_loss (nats per code), reward_loss (nats per step),
@@ -215,9 +212,7 @@ class Dynamics(nn.Module):
         count = inside.sum().clamp(min=1)
         code_loss = F.cross_entropy(code_logits, targets, reduction="none").mean((2, 3))
         code_loss = (code_loss * inside).sum() / count
-        weight = 1 if window_weight is None else (window_weight / window_weight.mean())[:, None]
-        reward_loss = F.cross_entropy(reward_logits, reward_targets, reduction="none")
-        reward_loss = (weight * reward_loss).mean()
+        reward_loss = F.cross_entropy(reward_logits, reward_targets, reduction="none").mean()
 
         with torch.no_grad():
             code_right = (code_logits.argmax(1) == targets).float().mean((2, 3))
@@ -232,7 +227,7 @@ class Dynamics(nn.Module):
             over = (ends if terminated is None else terminated)[:, :L - 1].float()   # [B, L-1]
             logits = self.end_head(ys).float().view(B, L - 1)    # overrated: see end_logits
             end_loss = F.binary_cross_entropy_with_logits(
-                logits, over, weight=weight * (1 + (END_WEIGHT - 1) * over))
+                logits, over, weight=1 + (END_WEIGHT - 1) * over)
             heads_loss = heads_loss + end_loss
             said = (logits > math.log(END_WEIGHT)).float()
             parts |= {"end_loss": end_loss, "end_true": over.mean(), "end_predicted": said.mean(),
@@ -241,21 +236,15 @@ class Dynamics(nn.Module):
 
 
 @torch.no_grad()
-def dream_step(dynamics, z, action, state, temperature=1.0, generator=None, expected_rewards=False):
+def dream_step(dynamics, z, action, state, temperature=1.0, generator=None):
     """One step of imagination, the same in `dream`, in DreamEnv and wherever else one dreams.
 
     z float [B, D, 6, 6] embedded codes, action int64 [B], state as the dynamics returns it
     -> (next codes int64 [B, 6, 6], rewards float [B] in {-1, 0, 1}, ends bool [B], next state),
-    all sampled; without a head for ends none ends. expected_rewards: not a draw from Eq. 7 but its
-    mean, in [-1, 1]. Nothing that follows depends on the draw, so returns have the same
-    expectation, without the noise of drawing.
+    all sampled; without a head for ends none ends.
     """
     code_logits, reward_logits, state = dynamics(z, action, state)
-    if expected_rewards:
-        probability = reward_logits.softmax(1)                                   # [B, 3]
-        reward = probability[:, 2] - probability[:, 0]
-    else:
-        reward = sample(reward_logits, generator=generator).float() - 1          # Eq. 7
+    reward = sample(reward_logits, generator=generator).float() - 1              # Eq. 7
     codes = sample(code_logits, temperature, generator)                          # Eq. 6
     end = torch.zeros_like(reward, dtype=torch.bool)
     if dynamics.end_head is not None:
@@ -272,8 +261,7 @@ def policy_input(z, state, memory):
 
 
 @torch.no_grad()
-def imagine(dynamics, embed, policy, codes, state, temperature=1.0, memory=False,
-            expected_rewards=False):
+def imagine(dynamics, embed, policy, codes, state, temperature=1.0, memory=False):
     """One step of `dream`: the policy acts on codes int64 [B, 6, 6], the model answers
     -> action [B], its log-probability [B], value [B], reward [B], end bool [B], next codes, state.
     """
@@ -282,14 +270,13 @@ def imagine(dynamics, embed, policy, codes, state, temperature=1.0, memory=False
     action_logits = action_logits.float()
     action = sample(action_logits)                                               # Eq. 8
     log_prob = action_logits.log_softmax(1).gather(1, action[:, None])[:, 0]
-    next_codes, reward, end, state = dream_step(dynamics, z, action, state, temperature,
-                                                expected_rewards=expected_rewards)
+    next_codes, reward, end, state = dream_step(dynamics, z, action, state, temperature)
     return action, log_prob, value.float(), reward, end, next_codes, state
 
 
 @torch.no_grad()
-def dream(dynamics, embed, policy, start_codes, steps=50, temperature=1.0, bootstrap=False,
-          memory=False, step=imagine, start_state=None, expected_rewards=False):
+def dream(dynamics, embed, policy, start_codes, steps=50, temperature=1.0, memory=False,
+          start_state=None, step=imagine):
     """Imagined experience: the only experience the policy is ever trained on (Section 3.4).
 
     start_codes  int64 [B, 6, 6]: codes of real observations, drawn at random from all that was
@@ -299,22 +286,19 @@ def dream(dynamics, embed, policy, start_codes, steps=50, temperature=1.0, boots
     steps        T = 50; then every dreamed episode ends, unless the model predicts ends itself
     temperature  above 1 the next codes are drawn from a flatter distribution
                  (Ha & Schmidhuber, Table 2)
-    bootstrap    True: the dream is only cut short after T steps; what would have followed is worth
-                 the policy's own value of what was reached
     memory       the policy sees h_{t-1} of the second cell too (`policy_input`)
-    step         `imagine`, or the same compiled
     start_state  what the dynamics remembers of the real steps before the start, as it returned it
                  there (None: nothing, zeros)
-    expected_rewards  see dream_step
+    step         `imagine`, or the same compiled
 
     Returns a dict of tensors with time first: codes [T, B, 6, 6], actions [T, B],
-    log_probs [T, B], values [T, B], rewards float [T, B] in {-1, 0, 1} (or between),
-    dones bool [T, B] (true in the last row only, with bootstrap nowhere); last_value [B], the value
-    after the last row (without bootstrap 0); with memory also memory [T, B, C, 6, 6], the h that
-    the policy saw.
+    log_probs [T, B], values [T, B], rewards float [T, B] in {-1, 0, 1}, dones bool [T, B] (true in
+    the last row only); last_value [B], the value after the last row: 0; with memory also
+    memory [T, B, C, 6, 6], the h that the policy saw.
 
     If the dynamics predicts ends, dones are these, and an ended dream goes on as another one, from
-    a random one of start_codes, so that no step is lost; the last row is then cut as by bootstrap.
+    a random one of start_codes, so that no step is lost. After T steps the dream is only cut:
+    last_value is the policy's own value of what was reached.
     """
     B, device = len(start_codes), start_codes.device
     if start_state is None:
@@ -322,8 +306,7 @@ def dream(dynamics, embed, policy, start_codes, steps=50, temperature=1.0, boots
     codes, state, rows = start_codes, start_state, []
     for _ in range(steps):
         h = (state[1][0],) if memory else ()
-        *row, next_codes, state = step(dynamics, embed, policy, codes, state, temperature, memory,
-                                       expected_rewards)
+        *row, next_codes, state = step(dynamics, embed, policy, codes, state, temperature, memory)
         rows.append((codes, *row, *h))
         codes = next_codes
         if dynamics.end_head is not None:
@@ -332,11 +315,33 @@ def dream(dynamics, embed, policy, start_codes, steps=50, temperature=1.0, boots
             state = begin_again(state, over, start_state, another)
     names = ("codes", "actions", "log_probs", "values", "rewards", "dones", "memory")
     batch = {name: torch.stack(column) for name, column in zip(names, zip(*rows))}
-    if not bootstrap and dynamics.end_head is None:
+    if dynamics.end_head is None:                # the last step is terminal (Section 3.4)
         batch["dones"][-1] = True
         return batch | {"last_value": torch.zeros(B, device=device)}
     last_value = policy(policy_input(embed(codes), state, memory))[1]
     return batch | {"last_value": last_value.float()}
+
+
+@torch.no_grad()
+def open_loop(dynamics, embed, codes, actions, context=4, temperature=1.0):
+    """Dreams along real stretches, all of them side by side, under the real actions.
+
+    codes    int64 [B, L, 6, 6]; the first `context` are seen, the others only give the length
+    actions  int64 [B, L]; the last column is not read
+    -> dreamed codes [B, L, 6, 6] (the first `context` are the real ones), rewards float [B, L - 1]
+       in {-1, 0, 1}; both sampled, each step from the dreamed codes of the one before
+
+        t          0    1    2    3  |  4    5   ..  53       context 4, L = 54
+        codes    z_0  z_1  z_2  z_3  | z^_4 z^_5 .. z^_53     z^_4 is dreamed step 1, z^_53 step 50
+        rewards  r^_0 r^_1 r^_2 r^_3   r^_4 ..  r^_52         r^_3 comes with z^_4: step 1
+    """
+    state, dreamed, rewards = dynamics.initial_state(len(codes)), [codes[:, 0]], []
+    for t in range(codes.shape[1] - 1):
+        following, reward, _, state = dream_step(dynamics, embed(dreamed[t]), actions[:, t], state,
+                                                 temperature)
+        dreamed.append(codes[:, t + 1] if t + 1 < context else following)
+        rewards.append(reward)
+    return torch.stack(dreamed, 1), torch.stack(rewards, 1)
 
 
 class DreamEnv(gym.vector.VectorEnv):

@@ -94,6 +94,7 @@ def ppo_loss(logits, values, actions, old_log_probs, advantages, returns, old_va
         policy   = -mean min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)      Eq. 7
         value    = mean max((V - R)^2,
                             (V_old + clip(V - V_old, +-eps_v) - R)^2) / 2   as OpenAI's code does
+                   (value_clip=None: mean (V - R)^2 / 2)
         loss     = policy + value_coef * value - entropy_coef * entropy     Eq. 9
     (equations of Schulman et al., 2017). The minimum makes the objective a lower bound: moving the
     ratio further than 1 +- eps gains nothing, but a move in the wrong direction still costs.
@@ -106,8 +107,11 @@ def ppo_loss(logits, values, actions, old_log_probs, advantages, returns, old_va
     policy_loss = -torch.min(ratio * advantages,
                              ratio.clamp(1 - clip, 1 + clip) * advantages).mean()
 
-    clipped = old_values + (values - old_values).clamp(-value_clip, value_clip)
-    value_loss = 0.5 * torch.max((values - returns).square(), (clipped - returns).square()).mean()
+    value_loss = (values - returns).square()
+    if value_clip is not None:
+        clipped = old_values + (values - old_values).clamp(-value_clip, value_clip)
+        value_loss = torch.max(value_loss, (clipped - returns).square())
+    value_loss = 0.5 * value_loss.mean()
 
     entropy = -(log_p.exp() * log_p).sum(1).mean()
     loss = policy_loss + value_coef * value_loss - entropy_coef * entropy
@@ -118,7 +122,7 @@ def ppo_loss(logits, values, actions, old_log_probs, advantages, returns, old_va
 
 
 def ppo_update(network, optimizer, observations, rollout, last_value, gamma=0.99, lam=0.95,
-               epochs=4, minibatch=256, max_grad_norm=0.5, advantage_floor=0.0, **loss_settings):
+               epochs=4, minibatch=256, max_grad_norm=0.5, **loss_settings):
     """All of PPO's work on one rollout -> dict of detached parts, averaged over the minibatches.
 
     network       observations [N, ...] -> (logits [N, M], values [N])
@@ -127,9 +131,6 @@ def ppo_update(network, optimizer, observations, rollout, last_value, gamma=0.99
     last_value    [B], the value after the last row
     epochs passes over the N = T * B samples in random minibatches
     (the last one of a pass takes the rest).
-
-    Advantages are divided by their standard deviation, or by `advantage_floor` where that is more:
-    where next to nothing is paid they are the critic's errors, not worth a policy's full speed.
     """
     advantages = gae(rollout["rewards"], rollout["values"], rollout["dones"], last_value,
                      gamma, lam)
@@ -141,8 +142,7 @@ def ppo_update(network, optimizer, observations, rollout, last_value, gamma=0.99
     for _ in range(epochs):
         for rows in torch.randperm(n, device=b_returns.device).split(minibatch):
             mb_advantages = b_advantages[rows]
-            scale = mb_advantages.std().clamp(min=advantage_floor) + 1e-8
-            mb_advantages = (mb_advantages - mb_advantages.mean()) / scale
+            mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
             logits, values = network(b_observations[rows])
             loss, parts = ppo_loss(logits, values, b["actions"][rows], b["log_probs"][rows],
                                    mb_advantages, b_returns[rows], b["values"][rows],
@@ -259,7 +259,7 @@ def cartpole(seed, steps):
         with torch.no_grad():
             last_value = network(torch.as_tensor(observation))[1]
         parts = ppo_update(network, optimizer, observations, rollout, last_value, epochs=8,
-                           clip=0.2, value_clip=1e9, entropy_coef=0.0)
+                           clip=0.2, value_clip=None, entropy_coef=0.0)
         if update % 10 == 0 or update == updates:
             mean_return = np.mean([whole_episodes(network, test_envs, 1000 * seed + 8 * i)
                                    for i in range(13)])
