@@ -16,14 +16,19 @@ Time alignment, the same everywhere in this repository. Row t of a buffer, a bat
     If e_t: z_{t+1} is the first observation of another episode. It can't be predicted, so step t
     has no code loss (but its reward counts), and step t + 1 starts from h = 0 and the true z_{t+1}.
 
-    python dynamics.py       # learn a small world of codes, dream in it, check what was dreamed
+    python dynamics.py       # learn a small world of codes, dream in it, save the strip (a minute)
 
 Dimension key:  B batch   L observations in a window, L-1 predictions   T steps dreamed
                 K = 128 codes   D = 32 code dimensions   M actions   C = 128 hidden channels
 """
 import argparse
 import math
+import os
+import signal
+import sys
 import time
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))     # Ctrl-C: no traceback, from now on
 
 import gymnasium as gym
 import numpy as np
@@ -111,7 +116,8 @@ class Dynamics(nn.Module):
         # Initial weights, on which the paper is silent. h = o * tanh(c) starts out near 0.2, from
         # which a default head makes no confident prediction for hundreds of updates: open the gates
         # i and o, as the cell does f, and enlarge the head. And most codes stay where they are:
-        # start from convolutions that look at the place itself.
+        # start from convolutions that look at the place itself. (The released code: torch's
+        # defaults, and peepholes from N(0, 1); ours begin at 0, as biases do.)
         with torch.no_grad():
             for cell in (self.cell1, self.cell2):
                 cell.bias.view(4, -1)[[0, 3]] = 1.0
@@ -138,7 +144,7 @@ class Dynamics(nn.Module):
         """One step of Eq. 4, 6 and 7.
 
         z       float [B, D, 6, 6]    embedded codes of o_t
-        action  int64 [B] in [0, M)   a_t
+        action  int64 [B] in [0, M)   a_t; RuntimeError for others
         state   as initial_state      h_{t-1} (and c) of both cells
         -> code logits [B, K, 6, 6] of z_{t+1}, reward logits [B, 3] of r_t in {-1, 0, 1},
            the new state
@@ -148,8 +154,8 @@ class Dynamics(nn.Module):
 
     def planes(self, action, like):
         """int64 [B] -> one-hot planes [B, M, 6, 6], of the type and map of `like`."""
-        one_hot = action[:, None] == torch.arange(self.num_actions, device=like.device)
-        return one_hot.to(like.dtype)[:, :, None, None].expand(-1, -1, *like.shape[2:])
+        one_hot = F.one_hot(action, self.num_actions).to(like.dtype)                 # [B, M]
+        return one_hot[:, :, None, None].expand(-1, -1, *like.shape[2:])
 
     def end_logits(self, action, state):
         """The third head: log-odds float [B] that the episode ends after a_t.
@@ -174,7 +180,8 @@ class Dynamics(nn.Module):
         context  the first `context` inputs are true codes; from there on the model reads its own
                  samples, as it will in the dream
         reward_weight  the paper scales the reward loss down so that its gradient can't disturb the
-                 trunk (Section 3.4), and raises the head's learning rate
+                 trunk (Section 3.4), and raises the head's learning rate. (The released code sums
+                 the code loss over the 36 places: there the reward weighs 36 times less.)
         terminated bool [B, L], what the third head is to predict, if there is one: the game or a
                  life was over after a_t (not: recording was cut there); None: the same as ends
         temperature  of the model's own samples, as in `dream`
@@ -186,6 +193,7 @@ class Dynamics(nn.Module):
         step, weighted), end_true, end_predicted, end_right (shares of all steps: the game ends,
         an end is likelier than not, both).
         """
+        assert ends.dtype == torch.bool, "ends must be bool: ~ends of numbers is not their opposite"
         B, L = codes.shape[:2]
         state, z, ys, code_logits = self.initial_state(B), codes[:, 0], [], []
         for t in range(L - 1):
@@ -382,8 +390,10 @@ class DreamEnv(gym.vector.VectorEnv):
         starts = torch.as_tensor(starts)
         if starts.ndim != 3 or not len(starts) or starts.dtype != torch.int64:
             raise ValueError("starts must be codes, int64 [S, 6, 6], at least one")
-        if num_envs < 1 or steps < 1 or not temperature > 0:
-            raise ValueError("num_envs, steps and temperature must be more than 0")
+        if not all(isinstance(n, (int, np.integer)) and n > 0 for n in (num_envs, steps)):
+            raise ValueError("num_envs and steps must be whole numbers, more than 0")
+        if not temperature > 0:
+            raise ValueError("temperature must be more than 0")
         self.dynamics, self.embed, self.starts = dynamics, vqvae.embed, starts
         self.num_envs, self.steps, self.temperature = num_envs, steps, temperature
         self.start_state = start_state or dynamics.initial_state(len(starts))
@@ -447,16 +457,28 @@ class DreamEnv(gym.vector.VectorEnv):
 
 def main():
     parser = argparse.ArgumentParser(description="Learn the dynamics of a small world "
-                                                 "made of codes.")
-    parser.add_argument("--updates", type=int, default=900)
+                                                 "made of codes, and dream in it.")
+    parser.add_argument("--updates", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", default="dynamics_dream.png")
     args = parser.parse_args()
+    for name, low, high in ("updates", 1, 10**6), ("seed", 0, 2**31 - 1):
+        if not low <= getattr(args, name) <= high:
+            sys.exit(f"error: --{name} must be from {low} to {high}")
+    if not args.out.endswith(".png"):
+        sys.exit("error: --out must end in .png")
+    open(args.out, "ab").close()                    # fails now, not after the work
+    if not os.path.getsize(args.out):
+        os.remove(args.out)
+    os.environ["MPLBACKEND"] = "Agg"                # whatever a notebook or the user's settings say
+    import matplotlib.pyplot as plt
+    plt.rcdefaults()
     torch.manual_seed(args.seed)
 
     # A world of 6x6 cells with a runner (code 1) on empty ground (code 0). Actions 0..3 move it
     # up, down, left, right, as far as the walls allow; being in row 0 then pays 1, row 5 costs 1.
     moves = torch.tensor([[-1, 0], [1, 0], [0, -1], [0, 1]])
-    K, D, L, B = 8, 8, 6, 32
+    K, D, L, B = 8, 8, 4, 16
 
     def play(batch, length):
         position = torch.randint(6, (batch, 2))
@@ -479,15 +501,14 @@ def main():
     # at first all inputs are true codes, later the model reads its own samples.
     head = list(dynamics.reward_head.parameters())
     trunk = [p for name, p in dynamics.named_parameters() if not name.startswith("reward_head")]
-    optimizer = torch.optim.Adam([{"params": trunk, "lr": 2e-3},
-                                  {"params": head, "lr": 1e-3, "eps": 1e-14}])
+    optimizer = torch.optim.Adam([{"params": trunk}, {"params": head, "eps": 1e-14}])
     ends = torch.zeros(B, L, dtype=torch.bool)
     start = time.time()
     for update in range(1, args.updates + 1):
-        context = L if update < 0.6 * args.updates else 2
+        context = L if update < 0.8 * args.updates else 2
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * (1 - 0.95 * update / args.updates)
-        loss, parts = dynamics.loss(*play(B, L), ends, embed, context)
+        loss, parts = dynamics.loss(*play(B, L), ends, embed, context, temperature=0.5)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -496,23 +517,33 @@ def main():
                   f"{parts['code_accuracy']:.4f}  reward loss {parts['reward_loss']:.4f}  "
                   f"{time.time() - start:5.1f} s", flush=True)
 
-    # Dream under a random policy, and judge every dreamed step by the true rules.
-    def policy(z):
-        return torch.zeros(len(z), 4), torch.zeros(len(z))
-
-    batch = dream(dynamics, embed, policy, play(64, 1)[0][:, 0], steps=50)
-    flat = batch["codes"].flatten(2)                                             # [T, B, 36]
-    one_runner = ((flat == 1).sum(2) == 1) & ((flat > 1).sum(2) == 0)
-    place = (flat == 1).float().argmax(2)
-    position = torch.stack([place // 6, place % 6], 2)
-    expected = (position[:-1] + moves[batch["actions"][:-1]]).clamp(0, 5)       # [T-1, B, 2]
-    moved_right = (position[1:] == expected).all(2)
-    paid_right = batch["rewards"][:-1] == ((expected[..., 0] == 0).float()
-                                           - (expected[..., 0] == 5).float())
-    print(f"in 64 dreams of 50 steps: exactly one runner in {one_runner.float().mean():.1%} of "
-          f"the frames, moved as the action says in {moved_right.float().mean():.1%} of the steps, "
-          f"paid as it should be in {paid_right.float().mean():.1%}")
+    # Dream along 64 real stretches, of which the first frame is seen, and compare.
+    codes, actions, rewards = play(64, 50)
+    shown, films = list(range(0, 50, 4)) + [49], {"real": codes}
+    print("50 frames dreamed from the first one, under the actions of real play. Right are")
+    for temperature in (1.0, 0.5):
+        dreamed, paid = open_loop(dynamics, embed, codes, actions, 1, temperature)
+        films[f"dreamed, {temperature}"] = dreamed
+        right = (dreamed == codes).flatten(2).all(2).float().mean(0)                     # [50]
+        print(f"  at temperature {temperature}: after 1 step {right[1]:.0%} of the frames, after "
+              f"10 {right[10]:.0%}, after 49 {right[49]:.0%}; of all rewards "
+              f"{(paid == rewards[:, :-1]).float().mean():.0%}", flush=True)
+    print("(The 36 codes of a frame are drawn one by one: a place in a hundred that draws what is\n"
+          "unlikely adds a runner or loses him, and the dream goes on from there.)", flush=True)
+    figure, axes = plt.subplots(3, len(shown), figsize=(len(shown), 3.6), layout="tight",
+                                subplot_kw={"xticks": [], "yticks": []})
+    for row, (label, film) in zip(axes, films.items()):
+        row[0].set_ylabel(label)
+        for ax, t in zip(row, shown):
+            ax.imshow(film[0, t], cmap="nipy_spectral", vmin=0, vmax=K - 1)
+            ax.set_title(f"+{t}" if t else "seen", fontsize=8)
+    figure.savefig(args.out, dpi=80)
+    print(f"saved {args.out}", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, UnicodeError) as error:        # nowhere to write: a closed pipe, a full disk
+        sys.stdout = None                           # or it is tried once more at the end
+        sys.exit(f"error: {error}")
