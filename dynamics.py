@@ -528,14 +528,15 @@ def main():
         print(f"  at temperature {temperature}: after 1 step {right[1]:.0%} of the frames, after "
               f"10 {right[10]:.0%}, after 49 {right[49]:.0%}; of all rewards "
               f"{(paid == rewards[:, :-1]).float().mean():.0%}", flush=True)
-    print("(The 36 codes of a frame are drawn one by one: a place in a hundred that draws what is\n"
-          "unlikely adds a runner or loses him, and the dream goes on from there.)", flush=True)
+    print("(The 36 codes of a frame are drawn one by one. A single unlikely draw adds a runner or\n"
+          "loses him, and the dream goes on from there; a temperature below 1 makes them rarer.)",
+          flush=True)
     figure, axes = plt.subplots(3, len(shown), figsize=(len(shown), 3.6), layout="tight",
                                 subplot_kw={"xticks": [], "yticks": []})
     for row, (label, film) in zip(axes, films.items()):
         row[0].set_ylabel(label)
         for ax, t in zip(row, shown):
-            ax.imshow(film[0, t], cmap="nipy_spectral", vmin=0, vmax=K - 1)
+            ax.imshow(film[0, t].numpy(), cmap="tab10", vmin=0, vmax=9)
             ax.set_title(f"+{t}" if t else "seen", fontsize=8)
     figure.savefig(args.out, dpi=80)
     print(f"saved {args.out}", flush=True)

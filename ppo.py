@@ -287,8 +287,8 @@ def cartpole(seed, steps):
             print(f"{update * 8 * 128:7d} steps  mean return over 104 episodes {mean_return:5.1f}  "
                   f"entropy {parts['entropy']:.2f}  {time.time() - start:5.1f} s", flush=True)
             if mean_return >= 475:
-                print(f"CartPole-v1 solved: mean return {mean_return:.1f} >= 475 over 104 episodes,"
-                      f" after {update * 8 * 128} steps and {time.time() - start:.0f} s", flush=True)
+                print(f"CartPole-v1 solved: mean return {mean_return:.1f} >= 475 over 104 episodes"
+                      f", after {update * 8 * 128} steps, {time.time() - start:.0f} s", flush=True)
                 return
     sys.exit(f"error: CartPole-v1 not solved in {steps} steps (mean return {mean_return:.1f}); "
              f"try another --seed or more --steps")
