@@ -60,7 +60,7 @@ import vqvae
 from atari import (AtariEnv, ExperienceBuffer, area_matrix, batches_per_epoch,
                    canonical_name)
 from convlstm import ConvLSTMCell
-from dynamics import Dynamics, DreamEnv, dream, reward_class, sample
+from dynamics import Dynamics, DreamEnv, dream, open_loop, reward_class, sample
 from ppo import ActorCritic, gae, ppo_loss, ppo_update
 from vqvae import (MAX_LOGIT, VQVAE, Codebook, backgrounds, continuous_bernoulli_mean,
                    continuous_bernoulli_nll, foreground_error, foreground_weight, is_foreground,
@@ -823,11 +823,6 @@ def test_dynamics_loss_against_plain_loops():
     assert parts["code_accuracy"].item() == pytest.approx(np.mean(code_right), rel=1e-5)
     for k, name in enumerate(("minus", "zero", "plus")):
         assert parts[f"reward_accuracy_{name}"].item() == pytest.approx(np.mean(reward_right[k]))
-    _, weighed = dynamics.loss(codes, actions, rewards, ends, embed, context=6,
-                               window_weight=torch.tensor([1.0, 0.0, 3.0]))
-    expected = (np.mean(reward_losses[:5]) + 3 * np.mean(reward_losses[10:])) / 4
-    assert weighed["reward_loss"].item() == pytest.approx(expected, rel=1e-5)
-    assert weighed["code_loss"] == parts["code_loss"]
     _, parts = dynamics.loss(codes, actions, rewards.clamp(min=0), ends, embed)
     assert parts["reward_accuracy_minus"].isnan()                    # there was none: not 0, not 1
 
@@ -851,6 +846,21 @@ def test_no_code_loss_across_an_episode_end():
     assert code_loss(codes, ends=later) == code_loss(codes)
     # Where every step crosses an end there is nothing to learn, and no 0 / 0.
     assert code_loss(codes, ends=torch.ones_like(ends)) == 0
+
+
+def test_the_dynamics_refuses_what_would_pass_unnoticed():
+    """Ends that are numbers (~1 is -2), actions that do not exist (planes of zeros)."""
+    dynamics, embed, (codes, actions, rewards, ends) = small_world()
+    for numbers in (ends.long(), ends.byte(), ends.float()):
+        with pytest.raises(AssertionError, match="ends must be bool"):
+            dynamics.loss(codes, actions, rewards, numbers, embed)
+    for wrong in (-1, M):
+        with pytest.raises(RuntimeError, match="Class values"):
+            dynamics(embed(codes[:, 0]), torch.full((3,), wrong), dynamics.initial_state(3))
+        with pytest.raises(RuntimeError, match="Class values"):
+            dynamics.loss(codes, torch.full_like(actions, wrong), rewards, ends, embed)
+        with pytest.raises(RuntimeError, match="Class values"):
+            open_loop(dynamics, embed, codes, torch.full_like(actions, wrong))
 
 
 def predictions(dynamics, embed, batch, context=6, **settings):
@@ -950,21 +960,6 @@ def test_dream():
     torch.manual_seed(3)
     again = dream(dynamics, embed, policy, codes[:, 0], steps=12)
     assert all(torch.equal(batch[k], again[k]) for k in batch)       # the seed decides everything
-    # Cut short, not ended: the same dream, with the value of the 13th codes in place of an end.
-    torch.manual_seed(3)
-    cut = dream(dynamics, embed, policy, codes[:, 0], steps=12, bootstrap=True)
-    torch.manual_seed(3)
-    longer = dream(dynamics, embed, policy, codes[:, 0], steps=13)
-    assert not cut["dones"].any() and torch.equal(cut["codes"], batch["codes"])
-    torch.testing.assert_close(cut["last_value"], longer["values"][12])
-    # Paid in expectation: the mean of Eq. 7 of the same step, by torch.distributions.
-    calls.clear()
-    handle = dynamics.register_forward_hook(lambda m, args, out: calls.append((args, out)))
-    paid = dream(dynamics, embed, policy, codes[:, 0], steps=12, expected_rewards=True)
-    handle.remove()
-    for row, (_, (_, reward_logits, _)) in zip(paid["rewards"], calls, strict=True):
-        p = torch.distributions.Categorical(logits=reward_logits).probs
-        torch.testing.assert_close(row, (p * torch.tensor([-1.0, 0, 1])).sum(1))
 
 
 def test_dream_draws_codes_and_rewards_from_the_predictions():
@@ -1016,10 +1011,6 @@ def test_the_third_head_against_plain_loops():
     assert parts["end_true"].item() == pytest.approx(2 / 15)
     assert parts["end_predicted"].item() == pytest.approx(np.mean(said))
     assert parts["end_right"].item() == pytest.approx(np.mean(np.array(said) & truth))
-    _, counted = dynamics.loss(codes, actions, rewards, ends, embed, context=6,
-                               terminated=terminated, window_weight=torch.tensor([1.0, 0.0, 3.0]))
-    expected = (np.mean(losses[:5]) + 3 * np.mean(losses[10:])) / 4  # the second not at all
-    assert counted["end_loss"].item() == pytest.approx(expected, rel=1e-4)
     _, same = dynamics.loss(codes, actions, rewards, ends, embed, context=6)
     assert same["end_true"].item() == pytest.approx(3 / 15)          # not told better: every end
 
@@ -1118,6 +1109,29 @@ def test_a_dream_goes_on_from_what_is_remembered(monkeypatch):
                 assert memories[t, b] == memories[t - 1, b] + 1
 
 
+def test_open_loop_dreams_each_stretch_as_if_it_were_alone():
+    """Dream fidelity: 4 observations seen, then every step from the one before, by plain loops."""
+    dynamics, embed, (codes, actions, _, _) = small_world(B=5, L=9)
+    with torch.no_grad():                      # what is drawn is certain
+        dynamics.code_head.weight *= 1e6
+        dynamics.reward_head.linear2.weight *= 1e6
+    dreamed, rewards = open_loop(dynamics, embed, codes, actions)
+    assert dreamed.shape == (5, 9, 6, 6) and rewards.shape == (5, 8)
+    for b in range(5):
+        state, z = dynamics.initial_state(1), codes[b:b + 1, 0]
+        for t in range(8):
+            assert torch.equal(dreamed[b, t], z[0])
+            with torch.no_grad():
+                code_logits, reward_logits, state = dynamics(embed(z), actions[b:b + 1, t], state)
+            assert rewards[b, t] == reward_logits[0].argmax() - 1
+            z = codes[b:b + 1, t + 1] if t + 1 < 4 else code_logits.argmax(1)
+    assert torch.equal(dreamed[:, :4], codes[:, :4]) and (dreamed[:, 4:] != codes[:, 4:]).any()
+    assert len(rewards.unique()) > 1
+    with torch.no_grad():                      # at another temperature codes are drawn, not rewards
+        hot = open_loop(dynamics, embed, codes, actions, context=2, temperature=1e9)[0]
+    assert torch.equal(hot[:, :2], codes[:, :2]) and len(hot[:, 2:].unique()) == K
+
+
 # ----------------------------------------------------------------------------------------------
 # ppo.py: learning from what was dreamed
 # ----------------------------------------------------------------------------------------------
@@ -1190,11 +1204,24 @@ def test_ppo_value_loss_entropy_and_their_sum():
     assert parts["approx_kl"].item() == pytest.approx(k3, rel=1e-4)
     expected = policy.mean() + 0.7 * np.mean(value_losses) - 0.03 * distribution.entropy().mean()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    _, plain = ppo_loss(logits, values, actions, old_log_probs, advantages, returns, old_values,
+                        value_clip=None)
+    assert plain["value_loss"].item() == pytest.approx(F.mse_loss(values, returns).item() / 2)
     # (N, 1) against (N,) would silently become (N, N).
-    with pytest.raises(AssertionError):
-        ppo_loss(logits, values[:, None], actions, old_log_probs, advantages, returns, old_values)
+    right = [logits, values, actions, old_log_probs, advantages, returns, old_values]
+    for i in range(1, 7):
+        wrong = [v[:, None] if j == i else v for j, v in enumerate(right)]
+        with pytest.raises(AssertionError, match="N of each"):
+            ppo_loss(*wrong)
+    with pytest.raises(AssertionError, match="N of each"):
+        ppo_loss(torch.cat([logits, logits]), *right[1:])
     with pytest.raises(AssertionError):
         gae(torch.zeros(5, 2), torch.zeros(5, 2, 1), torch.zeros(5, 2), torch.zeros(2))
+    # Whole numbers as rewards: nothing is cut off.
+    rewards, values, last = torch.tensor([[1], [0], [2]]), torch.randn(3, 1), torch.randn(1)
+    dones = torch.tensor([[False], [True], [False]])
+    torch.testing.assert_close(gae(rewards, values, dones, last),
+                               gae(rewards.float(), values, dones, last), rtol=0, atol=0)
 
 
 def rollout_of(policy, observations, reward):
@@ -1245,29 +1272,29 @@ def test_ppo_update_visits_every_sample_and_limits_the_gradient():
     assert all(sorted(epoch) == list(range(30)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4              # in another order each time
     assert steps == pytest.approx([0.5] * 16, rel=1e-3)
+    # (B, T) for (T, B) has as many samples, each with another one's observation.
+    with pytest.raises(AssertionError, match="T, B"):
+        ppo_update(policy, optimizer, observations.transpose(0, 1), rollout, torch.zeros(6))
 
 
-def test_small_advantages_move_the_policy_less_with_a_floor():
-    """ppo_update: divided by their standard deviation as in the paper, or by the floor."""
+def test_ppo_update_normalises_each_minibatch_and_survives_a_single_sample(monkeypatch):
+    """Advantages of mean 0 and (unbiased) standard deviation 1; one left over counts nothing."""
     torch.manual_seed(0)
-    observations = torch.randn(5, 8, D, 6, 6)
-
-    def moved(scale, **settings):
-        torch.manual_seed(1)
-        policy = ActorCritic(M, code_dim=D, width=0.1)
-        before = policy(observations.flatten(0, 1))[0]
-        rollout = rollout_of(policy, observations, lambda a: 0. * a)
-        rollout["values"] = -scale * torch.arange(40.).view(5, 8)    # each dream's advantage
-        ppo_update(policy, torch.optim.SGD(policy.parameters(), lr=1e-2), observations, rollout,
-                   torch.zeros(8), epochs=1, minibatch=40, max_grad_norm=1e9, clip=1e9,
-                   value_coef=0, entropy_coef=0, **settings)
-        return policy(observations.flatten(0, 1))[0] - before
-
-    std = torch.arange(40.).std()
-    whole = moved(1)
-    torch.testing.assert_close(moved(0.01), whole, rtol=1e-3, atol=1e-7)     # whatever their size
-    torch.testing.assert_close(moved(1, advantage_floor=std * 0.9), whole)   # above the floor
-    torch.testing.assert_close(moved(1, advantage_floor=std * 4), whole / 4, rtol=1e-2, atol=1e-6)
+    policy, observations = ActorCritic(M, code_dim=D, width=0.1), torch.randn(3, 3, D, 6, 6)
+    rollout, seen = rollout_of(policy, observations, lambda a: torch.randn(3, 3)), []
+    advantages = (rollout["rewards"] - rollout["values"]).flatten().numpy()      # each is an end
+    monkeypatch.setattr(ppo, "ppo_loss", lambda *a, **k: seen.append(a) or ppo_loss(*a, **k))
+    optimizer = torch.optim.Adam(policy.parameters(), lr=1e-3)
+    ppo_update(policy, optimizer, observations, rollout, torch.zeros(3), epochs=2, minibatch=4)
+    assert [len(arguments[4]) for arguments in seen] == [4, 4, 1] * 2
+    log_probs = rollout["log_probs"].flatten()
+    for _, _, _, old_log_probs, given, returns, old_values in seen:
+        rows = [(log_probs == p).nonzero()[0, 0].item() for p in old_log_probs]
+        mine = advantages[rows]
+        np.testing.assert_allclose(returns - old_values, mine, atol=1e-6)
+        expected = (mine - mine.mean()) / mine.std(ddof=1) if len(rows) > 1 else [0.0]
+        np.testing.assert_allclose(given, expected, atol=1e-5)
+    assert all(p.isfinite().all() for p in policy.parameters())
 
 
 def test_the_pixel_network_is_the_usual_one():
@@ -1310,6 +1337,11 @@ def test_the_baseline_plays_the_same_game():
     assert max(paid) >= 10
     with pytest.raises(ValueError, match="nearest names: Freeway"):
         ppo.atari_envs("Freewya", 1)
+    for name in ("SpaceInvaders", "Space Invaders", "spaceinvaders", "space_invaders"):
+        assert ppo.canonical_name(name) == "SpaceInvaders"
+    assert ppo.canonical_name("bank heist") == "BankHeist"
+    # Eight emulators take seeds up to here: see `atari`.
+    ppo.atari_envs("Pong", 8).reset(seed=2**31 - 9)
 
 
 class Clock(gym.vector.VectorEnv):
@@ -1372,6 +1404,7 @@ def test_the_baseline_leaves_a_run_that_evaluate_reads(tmp_path, capsys, monkeyp
     monkeypatch.setattr(sys, "argv", ["ppo.py", *f"--game Breakout --interactions 2100 --out "
                                       f"{tmp_path} --seed 3 --device cpu".split()])
     ppo.main()
+    assert played == [10**6 + 3 + n for n in (0, 8, 16, 24)]
     said, folder = capsys.readouterr().out, tmp_path / "Breakout-ppo-s3"
     assert "training takes about" in said and "mean 2.5" in said and "over 32 episodes" in said
     result = json.loads((folder / "evaluation.json").read_text())
@@ -1412,6 +1445,89 @@ def test_the_baseline_leaves_a_run_that_evaluate_reads(tmp_path, capsys, monkeyp
     looks = [(line.get_linestyle(), line.get_linewidth(), line.get_marker(),
               str(line._dash_pattern)) for line in lines.values()]
     assert len(set(looks)) == len(looks)
+
+
+def run_as_script(monkeypatch, name, *arguments):
+    """`python NAME.py ARGUMENTS` in this process -> what it says if it fails, else None."""
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)           # the tests' own Ctrl-C stays
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    try:
+        runpy.run_path(str(HERE / f"{name}.py"), run_name="__main__")
+    except SystemExit as stop:
+        return stop.code
+
+
+def test_the_baseline_of_any_seed_without_a_listener(tmp_path, monkeypatch):
+    """A seed near the emulators' last, the game in another spelling, stdout a closed pipe: all
+    that counts is in the folder, under the game's own name; CartPole has only its words to give."""
+    seeds = []
+
+    class Checked(Clock):
+        """Eight environments, each with a seed of 31 bits."""
+
+        def reset(self, seed=None):
+            assert seed is None or 0 <= seed and seed + 7 < 2**31
+            seeds.append(seed)
+            return super().reset(seed)
+
+    def closed(*_):
+        raise BrokenPipeError("Broken pipe")
+
+    monkeypatch.setattr(ppo, "PixelNet", ValueIsSum)
+    monkeypatch.setattr(ppo, "atari_envs", lambda game, num_envs: Checked(num_envs))
+    for seed in (2_147_000_000, 2**31 - 1):
+        monkeypatch.setattr(sys, "argv", ["ppo.py", *f"--game bank_heist --interactions 1024 --out "
+                                          f"{tmp_path} --seed {seed} --device cpu".split()])
+        monkeypatch.setattr(sys, "stdout", types.SimpleNamespace(write=closed, flush=closed))
+        ppo.main()
+        run = evaluate.read_run(tmp_path / f"BankHeist-ppo-s{seed}")
+        assert run["seed"] == seed and len(run["returns"]) == 32 and len(run["rows"]) == 1
+    assert len(seeds) == 2 * 5
+    for line in (["ppo", "--steps", 1024],
+                 ["dynamics", "--updates", 1, "--out", tmp_path / "x.png"]):
+        monkeypatch.setattr(sys, "stdout", types.SimpleNamespace(write=closed, flush=closed))
+        assert run_as_script(monkeypatch, *line) == "error: Broken pipe"
+        assert sys.stdout is None              # or the interpreter would try once more at the end
+
+
+@pytest.mark.parametrize("name, flags", [
+    ("ppo", "--seed -1/--seed 2147483648/--steps 0/--steps 1023/--steps 1000000000/"
+            "--interactions 1/--interactions 1000000000/--game Pogn/--game=/"
+            "--device hpu --game Pong/--device banana --game Pong/--device meta --game Pong/"
+            "--out file --game Pong/--out file/x --game Pong"),
+    ("dynamics", "--seed -1/--seed 2147483648/--updates 0/--updates 1000000000/--out nowhere/x.png/"
+                 "--out folder.png/--out x.nonsense")])
+def test_demos_refuse_bad_flags_in_one_line_before_any_work(name, flags, monkeypatch, tmp_path):
+    """ppo.py, dynamics.py: numbers out of range, unknown games and devices, no place to write."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "file").touch()
+    for arguments in flags.replace("/--", "|--").split("|"):
+        line = run_as_script(monkeypatch, name, *arguments.split())
+        assert isinstance(line, str) and re.fullmatch("error: .+", line), (arguments, line)
+        word = re.search(r"[\w.]+(?==| |$)", arguments.split(" ")[0]).group()
+        assert word in line or arguments.split(" ")[1].split("/")[0] in line, (arguments, line)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.png"]
+
+
+def test_the_demo_of_the_dynamics(monkeypatch, tmp_path, capsys):
+    """It says how much of its dreams is right and saves them, whatever matplotlib is set to."""
+    monkeypatch.setitem(matplotlib.rcParams, "text.usetex", True)
+    assert not run_as_script(monkeypatch, "dynamics", "--updates", 2, "--out", tmp_path / "x.png")
+    said = capsys.readouterr().out
+    assert re.findall(r"at temperature ([\d.]+): after 1 step", said) == ["1.0", "0.5"]
+    assert (tmp_path / "x.png").stat().st_size > 5000
+
+
+def test_ctrl_c_ends_ppo_and_dynamics_while_they_import(tmp_path):
+    """Exit status 130 and nothing on stderr."""
+    (tmp_path / "gymnasium.py").write_text("import os, signal, time\n"
+                                           "os.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n")
+    for name in ("ppo", "dynamics"):
+        shutil.copy(HERE / f"{name}.py", tmp_path)
+        status, _, lines = command(tmp_path / f"{name}.py")
+        assert (status, lines) == (130, []), name
 
 
 # ----------------------------------------------------------------------------------------------
@@ -2623,26 +2739,6 @@ def test_plot_gives_each_setting_a_look_of_its_own(tmp_path, monkeypatch):
     assert seen[0].items() <= seen[1].items()
 
 
-def test_open_loop_dreams_each_stretch_as_if_it_were_alone():
-    """Dream fidelity: 4 observations seen, then every step from the one before, by plain loops."""
-    models = certain_models()
-    codes = torch.randint(128, (5, 9, 6, 6))
-    actions = torch.randint(M, (5, 9))
-    dreamed, rewards = train.open_loop(models, codes, actions)
-    assert dreamed.shape == (5, 9, 6, 6) and rewards.shape == (5, 8)
-    for b in range(5):
-        state, z = models.dynamics.initial_state(1), codes[b:b + 1, 0]
-        for t in range(8):
-            assert torch.equal(dreamed[b, t], z[0])
-            with torch.no_grad():
-                code_logits, reward_logits, state = models.dynamics(
-                    models.vqvae.embed(z), actions[b:b + 1, t], state)
-            assert rewards[b, t] == reward_logits[0].argmax() - 1
-            z = codes[b:b + 1, t + 1] if t + 1 < 4 else code_logits.argmax(1)
-    assert torch.equal(dreamed[:, :4], codes[:, :4]) and (dreamed[:, 4:] != codes[:, 4:]).any()
-    assert len(rewards.unique()) > 1
-
-
 def test_fidelity_figures_against_plain_loops(monkeypatch):
     """Dream fidelity: accuracy, pixel errors, precision and recall of a made-up dream."""
     rng = np.random.default_rng(0)
@@ -2996,7 +3092,8 @@ def test_dream_env_is_a_gymnasium_vector_env():
     for wrong in (np.full(n, 3), np.full(n, -1), np.zeros(n + 1, int), np.zeros(n)):
         with pytest.raises(gym.error.InvalidAction):
             env.step(wrong)
-    for settings in (dict(num_envs=0), dict(steps=0), dict(temperature=0.0),
+    for settings in (dict(num_envs=0), dict(steps=0), dict(temperature=0.0), dict(steps=2.5),
+                     dict(steps=math.inf), dict(num_envs=2.0), dict(temperature=math.nan),
                      dict(starts=starts[:0]), dict(starts=starts[0]), dict(starts=starts.float())):
         with pytest.raises(ValueError):
             DreamEnv(**dict(dynamics=world, vqvae=world, starts=starts, num_envs=n) | settings)
