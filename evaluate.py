@@ -163,9 +163,7 @@ MODEL = "model.pt"                              # a run to play with, without it
 
 
 def export_model(args):
-    """--export: the weights of a run in bfloat16, its settings and interactions, as torch.save
-    writes them, followed by the 32 bytes of their SHA-256.
-    """
+    """--export: a run's weights in bfloat16, its settings and interactions, and their SHA-256."""
     models, config, interactions = load_models(args.runs[0], args.device)
     data = io.BytesIO()
     networks = {name: {key: value.cpu().bfloat16() if value.is_floating_point() else value.cpu()
@@ -211,8 +209,8 @@ def load_models(folder, device):
         models = Models(config, AtariEnv(config.game).num_actions)
         for name, network in models.networks().items():
             network.load_state_dict(state["networks"][name])
-        return models, config, (state["interactions"] if where.name == MODEL else
-                                sum(shard["length"] for shard in state["shards"]))
+        return models, config, int(state["interactions"] if where.name == MODEL else
+                                   sum(shard["length"] for shard in state["shards"]))
     except UserError:
         raise
     except Exception as error:      # whatever other names, types and shapes, or code in it, provoke
@@ -799,9 +797,9 @@ def panel(image):
     picture = Image.fromarray(np.rint(255 * colours).astype(np.uint8)).resize(
         (SIDE, SIDE), Image.Resampling.NEAREST)
     draw, cell = ImageDraw.Draw(picture), SIDE / len(image)
+    font = ImageFont.load_default(cell / 3)
     for (i, j), code in np.ndenumerate(image):
-        draw.text((cell * (j + 0.5), cell * (i + 0.5)), str(code), anchor="mm",
-                  font=ImageFont.load_default(cell / 3),
+        draw.text((cell * (j + 0.5), cell * (i + 0.5)), str(code), anchor="mm", font=font,
                   fill="black" if colours[i, j] @ (0.3, 0.6, 0.1) > 0.5 else "white")
     return picture
 
@@ -1126,11 +1124,11 @@ def parse(arguments):
     add("--dream", metavar="dream.gif", help="a dream beside the game (.gif, or .png: a strip)")
     add("--video", metavar="play.gif", help="the policy in the game, and what the model sees of it")
     add("--play", action="store_true", help="play inside the dream, in a window. " + Player.HELP)
-    add("--export", metavar=MODEL, help="write the weights alone: all of this works with them too")
+    add("--export", metavar=MODEL, help="write the weights alone: all of this works with them")
     add = parser.add_argument_group("how").add_argument
     add("--temperature", type=float, metavar="T", help="of the policy's softmax (1); in "
         "--fidelity, --dream and --play of the dreamed codes (as the run's policy dreamed)")
-    add("--steps", type=int, metavar="N", help="of --dream (50), --video (200), sweep's dreams")
+    add("--steps", type=int, metavar="N", help="of --dream (50), --video (200), the sweep")
     add("--seed", type=int, default=1000, metavar="N", help="of episodes and samples (1000)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu")
     return parser.parse_args(arguments)

@@ -2200,7 +2200,7 @@ def test_costs_of_runs(tmp_path, capsys):
 
 def test_markdown_tables(tmp_path, capsys):
     """--markdown: each run with its standard error, means over seeds, what differs, what it took;
-    the README's two tables are just this output for the results that are kept."""
+    the two tables of results/README.md are just this output for the results that are kept."""
     for seed, scores in enumerate(([1.0, 3.0], [5.0, 5.0])):
         run = made_up_run(tmp_path, "Freeway", seed, scores)
     made_up_run(tmp_path, "Freeway", 2, [9.0], scale=0.5)
@@ -2230,10 +2230,11 @@ def test_markdown_tables(tmp_path, capsys):
     for look in ("--random", "--dream=a.gif", "--sweep-temperature"):
         assert_main_refuses("", evaluate.main, run, "--markdown", look)
 
-    readme = (HERE / "README.md").read_text()
+    readme = (HERE / "results" / "README.md").read_text()
     for part in judged(capsys, *(HERE / "results").iterdir(), "--markdown").split("\n\n"):
         assert part.strip() in readme, "python evaluate.py results/* --markdown says otherwise"
-    # The short table at its beginning: random play, the preset as it is, the paper.
+    # The short table at the README's beginning: random play, the preset as it is, the paper.
+    readme = (HERE / "README.md").read_text()
     groups = json.loads(judged(capsys, *(HERE / "results").glob("*-small-s*"), "--json"))
     chance = json.loads((HERE / "results" / "random.json").read_text())
     for name, means in (("random play", {row["game"]: row["mean"] for row in chance}),
@@ -2597,7 +2598,8 @@ def test_a_model_to_keep(tmp_path, capsys, monkeypatch, plain_checkpoints):
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, monkeypatch, plain_checkpoints):
     """Another seed's or game's or setting's; what may change may differ; no compiler is needed."""
     folder, _ = saved_run(tmp_path, compile=True)
-    monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("judging needs none"))
+    for where, name in ((torch, "compile"), (evaluate, "play_episodes"), (evaluate, "record")):
+        monkeypatch.setattr(where, name, lambda *_, **__: pytest.fail("too late"))
     config = json.loads((folder / "config.json").read_text())
     for name, value in (("checkpoint_minutes", 99), ("final_episodes", 1), ("out", "here")):
         (folder / "config.json").write_text(json.dumps(config | {name: value}))
