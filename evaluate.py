@@ -27,7 +27,6 @@ import glob
 import hashlib
 import io
 import json
-import math
 import os
 import pathlib
 import sys
@@ -460,6 +459,7 @@ def drawing(path, width, height, dpi=80):
     """A matplotlib Figure of so many inches, to draw on; it is saved where the `with` block ends.
     Neither the user's backend nor the user's settings have a say in it.
     """
+    os.environ["MPLBACKEND"] = "agg"            # one that a notebook names may not be here
     import matplotlib.style
     from matplotlib.figure import Figure
     with matplotlib.style.context("default"):
@@ -785,9 +785,8 @@ SIDE = 192                                      # pixels of a panel: each of the
 
 
 def panel(image):
-    """A frame, float [96, 96] in [0, 1], or codes, int [6, 6], as colours with their numbers
-    -> PIL image of SIDE x SIDE pixels.
-    """
+    """A frame, float [96, 96] in [0, 1], or codes, int [6, 6], as numbered colours -> PIL image."""
+    os.environ["MPLBACKEND"] = "agg"
     import matplotlib
     from PIL import Image, ImageDraw, ImageFont
     if image.dtype.kind == "f":

@@ -2484,6 +2484,11 @@ def test_pictures_do_not_depend_on_the_users_settings(tmp_path, capsys, monkeypa
         seen.append([(tmp_path / name).read_bytes() for name in ("a.png", "progress.png")])
     assert seen[0] == seen[1]
     assert capsys.readouterr().err == ""       # no warning
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nbackend: module://no_notebook\n")
+    monkeypatch.setenv("MATPLOTLIBRC", str(tmp_path))
+    monkeypatch.setenv("MPLBACKEND", "module://no_such_notebook")
+    status, _, lines = command("evaluate.py", run, "--plot", tmp_path / "b.png")
+    assert status == 0 and (tmp_path / "b.png").read_bytes() == seen[0][0], lines
 
 
 def test_a_picture_never_ends_a_run(tmp_path, capsys, monkeypatch):
@@ -2523,8 +2528,9 @@ def saved_run(tmp_path, seed=0, checkpoint=True, **settings):
                          hidden=8, policy_width=0.1, **settings)
     config = train.config_from(json.loads((folder / "config.json").read_text()))
     models = train.Models(config, 3)
-    state = {"config": dataclasses.asdict(config) | {"device": "cuda"}, "shards": [{"length": 700}], "networks": {
-        name: network.state_dict() for name, network in models.networks().items()}}
+    state = {"config": dataclasses.asdict(config) | {"device": "cuda"}, "networks": {
+        name: network.state_dict() for name, network in models.networks().items()},
+        "shards": [{"length": 700}]}
     if checkpoint:                             # whose own form the tests of train.py know
         torch.save(state, folder / "checkpoint.pt")
     return folder, models
