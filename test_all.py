@@ -1433,15 +1433,15 @@ def test_the_baseline_leaves_a_run_that_evaluate_reads(tmp_path, capsys, monkeyp
         (other / "evaluation.json").write_text(json.dumps(
             result | {"seed": config["seed"], "interactions": 102_400}))
     (tmp_path / "other2" / "evaluation.json").unlink()
-    drawn = {}
-    monkeypatch.setattr(matplotlib.pyplot, "close", lambda figure: drawn.update(figure=figure))
-    text = judged(capsys, ours, *tmp_path.glob("other*"), "--plot", tmp_path / "a.png")
+    text = judged(capsys, ours, *tmp_path.glob("other*"))
     assert re.search(r"Breakout +ppo +1,2 +64 +102,400 \| +2.5 \(0.0\)", text), text
     assert "other2 stopped early" in text
-    lines = {line.get_label(): line for line in drawn["figure"].axes[0].lines}
-    curve = lines["model-free PPO in training, mean of 2 seeds"]
-    assert curve.get_ydata().tolist() == [run["rows"][-1]["collect_return"]]
-    assert "PPO 100K, published final mean 5.9" in lines
+    page = drawn_by(monkeypatch)               # named alone, Figure 5's curve
+    judged(capsys, *tmp_path.glob("other*"), "--plot", tmp_path / "a.png")
+    lines = {line.get_label(): line for line in page().axes[0].lines}
+    assert "2 seeds" in page().axes[0].get_title() and "training" in page().get_supylabel()
+    assert lines["mean over seeds"].get_ydata().tolist() == [run["rows"][-1]["collect_return"]]
+    assert lines["PPO 100K, published final mean"].get_ydata()[0] == 5.9
     looks = [(line.get_linestyle(), line.get_linewidth(), line.get_marker(),
               str(line._dash_pattern)) for line in lines.values()]
     assert len(set(looks)) == len(looks)
@@ -2425,7 +2425,7 @@ def test_a_foreign_checkpoint_is_refused_and_its_code_not_run(tmp_path):
     path, trap = tmp_path / "checkpoint.pt", tmp_path / "trap"
 
     def both_refuse(saying, folder=tmp_path):
-        assert_main_refuses(saying, evaluate.main, folder)
+        assert_main_refuses(saying, evaluate.main, folder, "--episodes", 1)
         assert_main_refuses(saying, train.main, "--resume", folder)
 
     both_refuse("there is no run folder", tmp_path / "nowhere")
@@ -2438,7 +2438,7 @@ def test_a_foreign_checkpoint_is_refused_and_its_code_not_run(tmp_path):
     # A pickle is a program. This one makes a folder, in place of something worse.
     bomb = type("Bomb", (), {"__reduce__": lambda self: (os.mkdir, (str(trap),))})()
     torch.save({"schema": train.SCHEMA, "networks": bomb}, path)
-    assert_refused("is damaged or no checkpoint", "evaluate.py", tmp_path)
+    assert_refused("is damaged or no checkpoint", "evaluate.py", tmp_path, "--episodes", "1")
     assert_refused("is damaged or no checkpoint", "train.py", "--resume", tmp_path)
     assert not trap.exists()
     torch.load(path, weights_only=False)       # it was live
@@ -2475,22 +2475,31 @@ def judged(capsys, *arguments):
     return capsys.readouterr().out
 
 
+def drawn_by(monkeypatch):
+    """-> a function that returns the matplotlib figure which was drawn last."""
+    pages, plain = [], matplotlib.figure.Figure
+    monkeypatch.setattr(matplotlib.figure, "Figure", lambda **settings: (
+        pages.append(plain(**settings)), pages[-1])[1])
+    return lambda: pages[-1]
+
+
 def test_costs_of_runs(tmp_path, capsys):
     """Sums of times.csv, shares of the stages, the highest peak; damage is told in one line."""
     run, bare = (made_up_run(tmp_path, "Pong", seed, [1.0]) for seed in (0, 1))
     seconds = [[10, 600, 900, 90, 20], [30, 0, 1800, 180, 40]]
     train.write_table(run / "times.csv", train.TIMES, [
         dict(zip(train.TIMES, (i + 1, *row, 900 - i))) for i, row in enumerate(seconds)])
-    told = judged(capsys, run, bare).splitlines()[-1]
-    assert told == (f"{run.name}: 1:01:10 (h:mm:ss), of it collect 1%, warm up 16%, world model 74%"
-                    ", policy 7%, evaluate 2%; memory at most 900 MB")
+    told = [re.split("  +", line) for line in judged(capsys, run, bare).splitlines()[-2:]]
+    assert told == [["run", "h:mm:ss", "collect", "warm up", "world model", "policy", "evaluate",
+                     "peak memory, MB"],
+                    [run.name, "1:01:10", "1%", "16%", "74%", "7%", "2%", "900"]]
     (bare / "times.csv").write_text("iteration,collect\n1,2\n")
     assert_main_refuses("times.csv is damaged", evaluate.main, run, bare)
 
 
 def test_markdown_tables(tmp_path, capsys):
     """--markdown: each run with its standard error, means over seeds, what differs, what it took;
-    the README's two tables are just this output for the results that are kept."""
+    the two tables of results/README.md are just this output for the results that are kept."""
     for seed, scores in enumerate(([1.0, 3.0], [5.0, 5.0])):
         run = made_up_run(tmp_path, "Freeway", seed, scores)
     made_up_run(tmp_path, "Freeway", 2, [9.0], scale=0.5)
@@ -2512,15 +2521,19 @@ def test_markdown_tables(tmp_path, capsys):
     assert costs.splitlines()[2:] == [
         f"| {run.name} | 1:00:00 | 0% | 1% | 83% | 14% | 2% | 1,234 |"]
     assert len({line.count("|") for line in scores.splitlines()}) == 1
-    chance.write_text('[{"game": "Freeway"}]')
-    assert_main_refuses("random.json is damaged", evaluate.main, run, "--markdown")
+    for text in ('[{"game": "Freeway"}]', '{"game": 1}', "[1]", "[" * 100_000,
+                 '[{"game": [], "mean": 0, "std": 0}]',
+                 f'[{{"game": "Freeway", "mean": {10**400}, "std": 0}}]'):
+        chance.write_text(text)
+        assert_main_refuses("random.json is damaged", evaluate.main, run, "--markdown")
     for look in ("--random", "--dream=a.gif", "--sweep-temperature"):
         assert_main_refuses("", evaluate.main, run, "--markdown", look)
 
-    readme = (HERE / "README.md").read_text()
+    readme = (HERE / "results" / "README.md").read_text()
     for part in judged(capsys, *(HERE / "results").iterdir(), "--markdown").split("\n\n"):
         assert part.strip() in readme, "python evaluate.py results/* --markdown says otherwise"
-    # The short table at its beginning: random play, the preset as it is, the paper.
+    # The short table at the README's beginning: random play, the preset as it is, the paper.
+    readme = (HERE / "README.md").read_text()
     groups = json.loads(judged(capsys, *(HERE / "results").glob("*-small-s*"), "--json"))
     chance = json.loads((HERE / "results" / "random.json").read_text())
     for name, means in (("random play", {row["game"]: row["mean"] for row in chance}),
@@ -2601,18 +2614,28 @@ def test_judge_pools_seeds_and_nothing_else(tmp_path, capsys):
 
 
 def test_runs_from_before_a_setting_existed(tmp_path, capsys):
-    """A setting younger than the run has its default; an unknown one is refused."""
-    folder = made_up_run(tmp_path, "Pong", 0, [9.0])
-    config = json.loads((folder / "config.json").read_text())
-    del config["own_temperature"], config["policy_memory"]
-    (folder / "config.json").write_text(json.dumps(config))
+    """A setting younger than the run has its default; one that is no more makes a row of its own,
+    whose footnote says so and lists nothing."""
+    made_up_run(tmp_path, "Pong", 1, [3.0])
+    young, old, older = (made_up_run(tmp_path / name, "Pong", 0, [9.0]) for name in "abc")
+    config = json.loads((young / "config.json").read_text())
+    del config["temperature"], config["policy_memory"]
+    (young / "config.json").write_text(json.dumps(config))
     # The preset has another one by now, and the table says so.
-    assert json.loads(judged(capsys, folder, "--plot", tmp_path / "a.png", "--json"))[0][
-        "changed"] == {"own_temperature": 1.0}
+    assert json.loads(judged(capsys, young, "--plot", tmp_path / "a.png", "--json"))[0][
+        "changed"] == {"temperature": 1.0}
     loaded = train.config_from(config)
-    assert loaded.own_temperature == 1 and not loaded.policy_memory and loaded.preset == "small"
+    assert loaded.temperature == 1 and not loaded.policy_memory and loaded.preset == "small"
     with pytest.raises(train.UserError, match="another version of train.py: colour, shape"):
         train.config_from(config | {"shape": 1, "colour": 2})
+    for folder, colour in ((old, 1), (older, 2)):
+        settings = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(settings | {"colour": colour, "hidden": 7}))
+    text = judged(capsys, tmp_path / "Pong-small-s1-0", old, older)
+    assert text.count("of an older version (commit 149dcc7 or before)") == 2
+    assert "colour" not in text and "hidden" not in text
+    for kind, score in (("small", "3.0"), (r"small \[1\]", "9.0"), (r"small \[2\]", "9.0")):
+        assert re.search(rf"Pong +{kind} +\d +1 +300 \| +{score}", text), text
 
 
 def test_aggregates_and_their_bootstrap_against_brute_force():
@@ -2649,6 +2672,9 @@ def test_judge_refuses_what_it_cannot_trust(tmp_path, capsys):
 
     refuses("no run folder", tmp_path / "nowhere")
     refuses("no config.json", tmp_path)
+    nameless = shutil.copytree(good, tmp_path / "nameless")
+    (nameless / "config.json").unlink()        # whose settings nobody knows
+    refuses("no config.json", nameless)
     refuses("same game, preset and seed", good)
     assert_main_refuses("at most one run", evaluate.main, good, other, "--random")
     path = other / "evaluation.json"
@@ -2664,79 +2690,312 @@ def test_judge_refuses_what_it_cannot_trust(tmp_path, capsys):
     refuses("belongs to another run", other)
     path.write_text(json.dumps(whole))
     for text in ("iteration,interactions\n1,abc\n", "a,b\n1,2\n", "iteration\n1,2,3\n",
-                 "iteration,interactions\n1,inf\n", "iteration,interactions,real_return\n1,2,3\n"):
-        (other / "metrics.csv").write_text(text)
+                 "iteration,interactions\n1,inf\n", "iteration,interactions,real_return\n1,2,3\n",
+                 "iteration,interactions\n1,1e300\n", "iteration,interactions\n1,\xff\n"):
+        (other / "metrics.csv").write_text(text, encoding="latin-1")
         refuses("metrics.csv is damaged", other)
     (other / "metrics.csv").unlink()           # may be missing: the scores are elsewhere
     assert "0,1" in judged(capsys, good, other)
 
 
 def test_plot_draws_figure_4(tmp_path, capsys, monkeypatch):
-    """Figure 4: mean and spread over finished seeds, the best seed, published means as bars."""
+    """Figure 4: mean and spread over finished seeds, published means as lines, one legend."""
     for seed, scores in enumerate(([1.0], [50.0], [9.0])):
         made_up_run(tmp_path, "Freeway", seed, scores)
     made_up_run(tmp_path, "Freeway", 3, None, rows=2)
-    made_up_run(tmp_path, "Pong", 0, [9.0], preset="paper")
+    made_up_run(tmp_path, "Freeway", 4, None, rows=0)
+    made_up_run(tmp_path, "Pong", 0, [9.0])
     runs, picture = sorted(tmp_path.iterdir()), tmp_path / "curves.png"
-    drawn = {}
-    monkeypatch.setattr(matplotlib.pyplot, "close", lambda figure: drawn.update(figure=figure))
+    page = drawn_by(monkeypatch)
     judged(capsys, *runs, "--plot", picture)
     assert picture.read_bytes().startswith(b"\x89PNG")
-    freeway, pong = drawn["figure"].axes
+    freeway, pong = page().axes
+    assert (freeway.get_title(), pong.get_title()) == ("Freeway, 3 seeds", "Pong, 1 seed")
     lines = {line.get_label(): line for line in freeway.lines}
-    mean, best = lines["preset small, mean of 3 seeds"], lines["best seed (1)"]
+    mean = lines["mean over seeds"]
     # made_up_run: seed s scores 10 s, 10 s + 1, 10 s + 2 after 100, 200, 300 interactions.
     assert mean.get_xdata().tolist() == [100, 200, 300]
-    assert mean.get_ydata().tolist() == [10, 11, 12] == best.get_ydata().tolist()
-    stopped = lines["preset small, seed 3, stopped early"]
-    assert stopped.get_ydata().tolist() == [30, 31]
+    assert mean.get_ydata().tolist() == [10, 11, 12]
+    assert lines["stopped early or still runs"].get_ydata().tolist() == [30, 31]
     low, high = freeway.collections[0].get_datalim(freeway.transData).intervaly
     assert (low, high) == pytest.approx((10 - math.sqrt(200 / 3), 12 + math.sqrt(200 / 3)))
-    assert {24.6, 20.3, 8.0} <= {line.get_ydata()[0] for line in freeway.lines}
+    assert not pong.collections                # one seed has no spread
+    for name, mean in (("paper", 24.6), ("SimPLe", 20.3), ("PPO 100K", 8.0)):
+        assert lines[f"{name}, published final mean"].get_ydata()[0] == mean
     assert 5.2 in [line.get_ydata()[0] for line in pong.lines]
-    # In black and white: no two lines of a panel look the same.
+    # In black and white: greys only, and no two lines of a panel look the same.
     looks = [(line.get_linestyle(), line.get_linewidth(), line.get_marker(),
               str(line._dash_pattern)) for line in freeway.lines]
-    assert len(set(looks)) == len(looks) == 6
+    assert len(set(looks)) == len(looks) == 5
+    for colour in (*(line.get_color() for line in freeway.lines),
+                   *freeway.collections[0].get_facecolor()):
+        assert len(set(matplotlib.colors.to_rgb(colour))) == 1
+    legend, = page().legends
+    texts = [text.get_text() for text in legend.get_texts()]
+    assert set(lines) < set(texts) and len(texts) == 6 and legend.get_title().get_text() == (
+        "preset small")
+    # Nothing overlaps: neither panels nor legend nor the texts at the edges.
+    boxes = [thing.get_tightbbox() for thing in (freeway, pong, legend, page()._supxlabel,
+                                                 page()._supylabel)]
+    for i, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[:i]), i
     monkeypatch.undo()
     assert_main_refuses("must end in .png", evaluate.main, runs[0], "--plot", tmp_path / "a.txt")
+    (tmp_path / "folder.png").mkdir()
+    assert_main_refuses("is a folder", evaluate.main, runs[0], "--plot", tmp_path / "folder.png")
     nowhere = tmp_path / "nowhere" / "b.png"
     assert_main_refuses("there is no folder", evaluate.main, runs[0], "--plot", nowhere)
     new = made_up_run(tmp_path / "new", "Pong", 1, None, rows=0)
     assert_main_refuses("nothing to plot", evaluate.main, new, "--plot", picture)
 
 
-def test_plot_names_what_differs_from_a_preset_as_the_table_does(tmp_path, capsys, monkeypatch):
-    """Two settings with as many changes are told apart, by the marks of --markdown's table."""
-    made_up_run(tmp_path, "Breakout", 0, [1.0])
-    made_up_run(tmp_path, "Breakout", 1, [1.0], scale=0.5, whiten=True)
-    made_up_run(tmp_path, "Freeway", 0, [1.0], scale=0.25, whiten=True)
-    made_up_run(tmp_path, "Freeway", 1, [1.0], scale=0.5, whiten=True)
-    runs, drawn = sorted(tmp_path.iterdir()), {}
-    monkeypatch.setattr(matplotlib.pyplot, "close", lambda figure: drawn.update(figure=figure))
-    judged(capsys, *runs, "--plot", tmp_path / "a.png")
-    text, table = drawn["figure"].get_supxlabel(), judged(capsys, *runs, "--markdown")
-    assert len(text.splitlines()) == 2
-    for game, axis in zip(("Breakout", "Freeway"), drawn["figure"].axes):
-        for scale in ("0.5", "0.25") if game == "Freeway" else ("0.5",):
-            mark = re.search(rf"(\[\d\]) small with scale={scale}, whiten=True", text).group(1)
-            assert f"{mark} small with `scale={scale}`, `whiten=True`" in table
-            assert f"| {game} | small {mark} |" in table
-            assert f"preset small {mark}, one seed" in [x.get_label() for x in axis.lines]
+def test_plot_shows_the_preset_and_variants_only_when_named_alone(tmp_path, capsys, monkeypatch):
+    """One curve a game: an unchanged preset before variants, more runs before fewer."""
+    plain = [made_up_run(tmp_path, "Breakout", 0, [1.0])]
+    half = [made_up_run(tmp_path, "Freeway", seed, [1.0], scale=0.5) for seed in (0, 1)]
+    twice = [made_up_run(tmp_path, game, 7, [1.0], scale=2.0) for game in ("Pong", "Breakout")]
+    twice.append(made_up_run(tmp_path, "Breakout", 8, [1.0], scale=2.0))
+    page = drawn_by(monkeypatch)
+    for runs, games, title in ((plain + half + twice, ["Breakout, 1 seed"], "preset small"),
+                               (half + twice, ["Breakout, 2 seeds", "Pong, 1 seed"],
+                                "small with scale=2.0"),
+                               (half, ["Freeway, 2 seeds"], "small with scale=0.5")):
+        capsys.readouterr()
+        evaluate.main([*map(str, runs), "--plot", str(tmp_path / "a.png")])
+        said = capsys.readouterr().err
+        assert [ax.get_title() for ax in page().axes] == games
+        assert page().legends[0].get_title().get_text() == title
+        assert ("name these runs alone" in said) == (runs is not half), said
 
 
-def test_plot_gives_each_setting_a_look_of_its_own(tmp_path, monkeypatch):
-    """More settings than line styles: no two curves look the same, the same settings always do."""
-    for seed in range(14):
-        for game in ("Breakout", "Freeway")[seed % 2:]:
-            made_up_run(tmp_path, game, seed, [1.0], scale=(seed + 1) / 2)
-    drawn = {}
-    monkeypatch.setattr(matplotlib.pyplot, "close", lambda figure: drawn.update(figure=figure))
-    evaluate.main([*map(str, sorted(tmp_path.iterdir())), "--plot", str(tmp_path / "a.png")])
-    seen = [{line.get_label(): (line.get_color(), str(line._dash_pattern)) for line in axis.lines
-             if line.get_label().startswith("preset")} for axis in drawn["figure"].axes[:2]]
-    assert [len(looks) for looks in seen] == [7, 14] == [len(set(s.values())) for s in seen]
-    assert seen[0].items() <= seen[1].items()
+def test_pictures_do_not_depend_on_the_users_settings(tmp_path, capsys, monkeypatch):
+    """A notebook's backend, LaTeX in a matplotlibrc that is not installed: the same bytes."""
+    run, seen = made_up_run(tmp_path, "Pong", 0, [1.0]), []
+    training = types.SimpleNamespace(folder=tmp_path, config=train.Config(game="Pong"), rows=[
+        {"interactions": 100 * i, "real_return": i, "entropy": 1 / i} for i in (1, 2, 3)])
+    for settings in ({}, {"text.usetex": True, "font.size": 30, "figure.dpi": 20,
+                          "backend": "module://no_such_notebook"}):
+        with matplotlib.rc_context():
+            for name, value in settings.items():
+                matplotlib.rcParams[name] = value
+            judged(capsys, run, "--plot", tmp_path / "a.png")
+            evaluate.progress_picture(training)
+        seen.append([(tmp_path / name).read_bytes() for name in ("a.png", "progress.png")])
+    assert seen[0] == seen[1]
+    assert capsys.readouterr().err == ""       # no warning
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nbackend: module://no_notebook\n")
+    monkeypatch.setenv("MATPLOTLIBRC", str(tmp_path))
+    monkeypatch.setenv("MPLBACKEND", "module://no_such_notebook")
+    status, _, lines = command("evaluate.py", run, "--plot", tmp_path / "b.png")
+    assert status == 0 and (tmp_path / "b.png").read_bytes() == seen[0][0], lines
+
+
+def test_a_picture_never_ends_a_run(tmp_path, capsys, monkeypatch):
+    """Whatever matplotlib or the disk do: a line of warning, and the foreground error as before."""
+    rng, models, buffer = np.random.default_rng(0), tiny_models(), ExperienceBuffer(60)
+    buffer.add(rng.integers(0, 256, (60, 96, 96), np.uint8), rng.integers(M, size=60),
+               np.zeros(60), rng.random(60) < 0.02, np.zeros(60, bool))
+    run = types.SimpleNamespace(
+        models=models, buffer=buffer, folder=tmp_path, iteration=0, config=models.config, rows=[],
+        shards=[{"length": 60}], numpy_rng=lambda *numbers: np.random.default_rng(numbers),
+        other_dice=contextlib.nullcontext)
+    error = evaluate.world_model_picture(run)
+    assert 0 < error < 100 and capsys.readouterr().err == ""
+    assert (tmp_path / "world_model_01.png").read_bytes().startswith(b"\x89PNG")
+
+    def broken(*arguments, **settings):
+        raise RuntimeError("no pencil\nno paper")
+
+    def full(path, data):
+        raise train.UserError("no room")
+    for where, name, reason in ((matplotlib.figure, "Figure", broken),
+                                (matplotlib.figure.Figure, "subplots", broken),
+                                (evaluate, "write_atomically", full)):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, reason)
+            assert evaluate.world_model_picture(run) == error
+            evaluate.progress_picture(run)
+        said = capsys.readouterr().err.splitlines()
+        assert len(said) == 2 and all(line.startswith("warning: no picture ") for line in said)
+        assert all(line.endswith(("no pencil", "no room")) for line in said), said
+
+
+def saved_run(tmp_path, seed=0, checkpoint=True, **settings):
+    """A run folder with untrained tiny models in its checkpoint -> folder, models."""
+    torch.manual_seed(seed)
+    folder = made_up_run(tmp_path, "Freeway", seed, [20.0, 30.0], bf16=False, vqvae_width=0.1,
+                         hidden=8, policy_width=0.1, **settings)
+    config = train.config_from(json.loads((folder / "config.json").read_text()))
+    models = train.Models(config, 3)
+    state = {"config": dataclasses.asdict(config) | {"device": "cuda"}, "networks": {
+        name: network.state_dict() for name, network in models.networks().items()},
+        "shards": [{"length": 700}]}
+    if checkpoint:                             # whose own form the tests of train.py know
+        torch.save(state, folder / "checkpoint.pt")
+    return folder, models
+
+
+@pytest.fixture
+def plain_checkpoints(monkeypatch):
+    """Checkpoints are what saved_run leaves: what evaluate.py does with one that is whole."""
+    monkeypatch.setattr(evaluate, "newest_checkpoint", lambda folder: torch.load(
+        folder / "checkpoint.pt", weights_only=True))
+
+
+def test_stored_scores_are_shown_and_episodes_played_when_asked(tmp_path, capsys, monkeypatch,
+                                                                plain_checkpoints):
+    """One run alone: what was played is in evaluation.json; --episodes plays anew."""
+    folder, _ = saved_run(tmp_path)
+    seeds = []
+    monkeypatch.setattr(evaluate, "play_episodes", lambda models, game, numbers, temperature: (
+        seeds.extend(numbers), [7.0] * len(numbers))[1])
+    for named in (folder, tmp_path / "*"):     # a Windows shell leaves the pattern to us
+        text = judged(capsys, named)
+        assert not seeds and re.search(r"Freeway +small \[1\] +0 +2 +300 \| +25.0", text), text
+        assert "24.6 (3.4)" in text
+    text = judged(capsys, folder, "--episodes", 10, "--seed", 2**31 - 1)
+    assert "mean 7.0" in text and "after 700 real" in text and "paper mean 24.6" in text
+    assert len(set(seeds)) == 10 and all(0 <= seed < 2**31 for seed in seeds)
+    assert_main_refuses(f"no run folder {tmp_path / 'no*'}", evaluate.main, tmp_path / "no*")
+
+
+def test_a_model_to_keep(tmp_path, capsys, monkeypatch, plain_checkpoints):
+    """--export: weights in bfloat16, with which everything works; damage and code are refused."""
+    folder, models = saved_run(tmp_path)
+    record = evaluate.record                   # a dozen steps will do
+    monkeypatch.setattr(evaluate, "record", lambda *given, most=0: record(*given[:4], 12))
+    evaluate.main([str(folder), "--export", str(folder / "model.pt")])
+    (folder / "checkpoint.pt").unlink()
+    path = folder / "model.pt"
+    whole = path.read_bytes()
+    assert whole[-32:] == hashlib.sha256(whole[:-32]).digest()
+    state = torch.load(io.BytesIO(whole), weights_only=True)
+    assert set(state) == {"config", "interactions", "networks"} and state["interactions"] == 700
+    assert {t.dtype for network in state["networks"].values() for t in network.values()
+            } == {torch.bfloat16, torch.int64}
+    loaded, config, interactions = evaluate.load_models(folder, "cpu")
+    assert (interactions, config.hidden, config.game) == (700, 8, "Freeway")
+    for name, network in loaded.networks().items():
+        for key, value in models.networks()[name].state_dict().items():
+            assert torch.equal(network.state_dict()[key], value.bfloat16().to(value.dtype)), key
+    evaluate.main([str(folder), "--dream", str(tmp_path / "a.png"), "--steps", "2"])
+    assert evaluate.dream_env(folder, 2).reset(seed=0)[0].shape == (2, 32, 6, 6)
+
+    bomb = type("Bomb", (), {"__reduce__": lambda self: (os.mkdir, (str(tmp_path / "trap"),))})()
+    for foreign in (whole[:-1], whole[:900] + b"!" + whole[901:], b"", [1], {}, bomb,
+                    state | {"config": None}, state | {"config": state["config"] | {"hidden": "8"}},
+                    state | {"networks": None}, state | {"networks": {}}, state | {"config": {}},
+                    state | {"networks": state["networks"] | {"policy": {"a": torch.zeros(1)}}}):
+        if not isinstance(foreign, bytes):
+            data = io.BytesIO()
+            torch.save(foreign, data)
+            foreign = data.getvalue() + hashlib.sha256(data.getvalue()).digest()
+        path.write_bytes(foreign)
+        assert_main_refuses("model.pt", evaluate.main, folder, "--dream", tmp_path / "a.png")
+    assert not (tmp_path / "trap").exists()
+    path.unlink()
+    assert_main_refuses(f"{folder} holds no checkpoint and no model.pt", evaluate.main, folder,
+                        "--dream", tmp_path / "a.png")
+    assert_main_refuses("must end in model.pt", evaluate.main, folder, "--export",
+                        folder / "checkpoint.pt")
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path, monkeypatch, plain_checkpoints):
+    """Another seed's or game's or setting's; what may change may differ; no compiler is needed."""
+    folder, _ = saved_run(tmp_path, compile=True)
+    for where, name in ((torch, "compile"), (evaluate, "play_episodes"), (evaluate, "record")):
+        monkeypatch.setattr(where, name, lambda *_, **__: pytest.fail("too late"))
+    config = json.loads((folder / "config.json").read_text())
+    for name, value in (("checkpoint_minutes", 99), ("final_episodes", 1), ("out", "here")):
+        (folder / "config.json").write_text(json.dumps(config | {name: value}))
+        evaluate.load_models(folder, "cpu")
+    for name, value in (("seed", 1), ("game", "Pong"), ("gamma", 0.9), ("preset", "paper")):
+        (folder / "config.json").write_text(json.dumps(config | {name: value}))
+        for flags in (["--episodes", "1"], ["--fidelity"]):
+            assert_main_refuses("belongs to another run", evaluate.main, folder, *flags)
+
+
+def test_only_regular_files_of_their_size_are_read(tmp_path, capsys):
+    """A pipe, a device, a folder or a huge file in place of any: one line, at once."""
+    train.write_table(made_up_run(tmp_path, "Pong", 0, [1.0]) / "times.csv", train.TIMES, [])
+    folder, huge = tmp_path / "Pong-small-s0-0", tmp_path / "huge"
+    with open(huge, "wb") as file:
+        file.truncate(2**40)                   # takes no room
+    for name, flag in (("config.json", "--json"), ("evaluation.json", "--json"),
+                       ("metrics.csv", "--json"), ("times.csv", "--markdown"),
+                       ("../random.json", "--markdown"), ("model.pt", "--fidelity")):
+        path = folder / name
+        kept = path.read_bytes() if path.exists() else None
+        for make in (lambda: os.mkfifo(path), path.mkdir, lambda: path.symlink_to("/dev/zero"),
+                     lambda: path.symlink_to(huge)):
+            path.unlink(missing_ok=True)
+            make()
+            assert_main_refuses(path.name, evaluate.main, folder, flag)
+            path.rmdir() if path.is_dir() else path.unlink()
+        if kept is not None:
+            path.write_bytes(kept)
+
+
+def test_hand_edited_files_never_end_in_a_traceback(tmp_path, capsys):
+    """Any JSON in place of any value of config.json and evaluation.json: shown or one line."""
+    folder = made_up_run(tmp_path, "Pong", 0, [1.0])
+    shown = refused = 0
+    for name in ("config.json", "evaluation.json"):
+        whole = json.loads((folder / name).read_text())
+        for key in ("game", "preset", "seed", "iterations", "gamma", "returns", "interactions"):
+            for value in (None, True, -1, 1.5, 10**30, math.nan, "x\ud800", [], [[1]], {"a": 1}):
+                (folder / name).write_text(json.dumps(whole | {key: value}))
+                try:
+                    judged(capsys, folder, "--markdown")
+                    judged(capsys, folder)
+                    shown += 1
+                except SystemExit as stop:
+                    assert stop.code.startswith("error: ") and "\n" not in stop.code
+                    refused += 1
+        (folder / name).write_text(json.dumps(whole))
+    assert shown > 50 and refused > 50
+
+
+def test_output_may_be_lost_or_have_another_encoding(tmp_path):
+    """Japanese names on a stdout of ascii; a closed or full one: no traceback."""
+    folder = made_up_run(tmp_path / "走る", "Pong", 0, [1.0], rows=0)
+    (folder / "evaluation.json").unlink()      # so that its name is printed
+
+    commands = {lost: subprocess.Popen(
+        f"{sys.executable} evaluate.py '{folder}' {lost}", shell=True, cwd=HERE, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {
+            "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"})
+        for lost in ("", "> /dev/full", ">&- 2>&-")}
+    said = {lost: (*child.communicate(), child.returncode) for lost, child in commands.items()}
+    out, err, status = said[""]
+    assert status == 0 and r"\u8d70\u308b" in out, err
+    out, err, status = said["> /dev/full"]
+    assert status == 1 and err.startswith("error: ") and err.count("\n") == 1
+    assert said[">&- 2>&-"] == ("", "", 0)
+
+
+def test_flags_have_bounds_and_names_any_spelling(tmp_path, capsys, monkeypatch):
+    """One rule for seeds; what no machine can do is refused; each refusal names what was typed."""
+    run, other = (made_up_run(tmp_path, "Pong", seed, [1.0]) for seed in (0, 1))
+    for flag, values in (("seed", (-1, 2**31)), ("episodes", (0, 1001)), ("steps", (0, 2001)),
+                         ("temperature", (0, -1, "nan", "inf", "1e-300"))):
+        for value in values:
+            assert_main_refuses(f"--{flag} must lie in", evaluate.main, run, f"--{flag}", value)
+    for flags in (("--random", "--fidelity"), ("--play", "--sweep-temperature"),
+                  ("--markdown", "--dream", "a.gif"), ("--plot", "a.png", "--random"),
+                  ("--export", "model.pt", "--video", "a.gif")):
+        assert_main_refuses("do not go together", evaluate.main, run, *flags)
+    assert_main_refuses("random.json is a file", evaluate.main, made_up_file(tmp_path))
+    assert_main_refuses("there is no run folder", evaluate.main, "x" * 5000)
+    monkeypatch.setattr(evaluate, "play_episodes", lambda *arguments: [0.0] * 2)
+    for name in ("Space Invaders", "space_invaders", "spaceinvaders"):
+        text = judged(capsys, "--random", "--game", name, "--episodes", 2, "--json")
+        assert json.loads(text)[0]["game"] == "SpaceInvaders"
+
+
+def made_up_file(folder):
+    (folder / "random.json").write_text("[]")
+    return folder / "random.json"
 
 
 def test_fidelity_figures_against_plain_loops(monkeypatch):
@@ -2756,7 +3015,7 @@ def test_fidelity_figures_against_plain_loops(monkeypatch):
         if not ends[s:s + 53].any():
             rows.append(range(s, s + 54))
 
-    def made_up(models, real, actions, context, temperature):
+    def made_up(dynamics, embed, real, actions, context, temperature):
         first = sum(len(call) for call in calls)
         mine = torch.tensor([list(w) for w in rows[first:first + len(real)]])
         assert torch.equal(real, codes[mine])
@@ -2873,7 +3132,7 @@ def test_dream_and_video_pictures(tmp_path, monkeypatch, capsys):
             ("must end in .gif or .png", ("--dream", tmp_path / "a.mp4")),
             ("there is no folder", ("--video", tmp_path / "no" / "a.gif")),
             ("one run folder", ("second", "--dream", tmp_path / "a.gif")),
-            ("second look", ("--fidelity", "--dream", tmp_path / "a.gif")),
+            ("one at a time", ("--fidelity", "--dream", tmp_path / "a.gif")),
             ("--steps must lie", ("--dream", tmp_path / "a.gif", "--steps", 0))):
         assert_main_refuses(saying, evaluate.main, "run", *arguments)
 
@@ -2884,7 +3143,7 @@ def test_dreams_are_shown_as_the_policy_dreamed_them(smoke, tmp_path, monkeypatc
     config.temperature, used = 0.7, []
     monkeypatch.setattr(evaluate, "load_models", lambda folder, device: (models, config, 0))
     plain = evaluate.open_loop
-    monkeypatch.setattr(evaluate, "open_loop", lambda *a: used.append(a[4]) or plain(*a))
+    monkeypatch.setattr(evaluate, "open_loop", lambda *a: used.append(a[5]) or plain(*a))
     for given, expected in ([], 0.7), (["--temperature", "1.3"], 1.3):
         used.clear()
         evaluate.main(["run", "--dream", str(tmp_path / "a.png"), "--steps", "2", *given])
@@ -2908,10 +3167,10 @@ def test_virtual_scores_against_plain_loops(monkeypatch, capsys):
     def made_up(*given, **named):              # `dream` itself says which argument is which
         given = inspect.signature(dream).bind(*given, **named)
         given.apply_defaults()
-        length, temperature, cut, memory, state = (given.arguments[name] for name in (
-            "steps", "temperature", "bootstrap", "memory", "start_state"))
+        length, temperature, memory, state = (given.arguments[name] for name in (
+            "steps", "temperature", "memory", "start_state"))
         codes, remembered = models.starts(buffer, np.array(starts))
-        assert torch.equal(given.arguments["start_codes"], codes) and memory and not cut
+        assert torch.equal(given.arguments["start_codes"], codes) and memory
         torch.testing.assert_close(state, remembered)
         dones = torch.zeros(length, 76, dtype=torch.bool)
         dones[[3, 7], 9] = True                # a predicted end: what comes then is another dream
@@ -2928,6 +3187,7 @@ def test_virtual_scores_against_plain_loops(monkeypatch, capsys):
         evaluate.virtual_scores(models, buffer, 80)
 
     models.config.dream_steps, models.config.temperature = steps, 1.5
+    monkeypatch.setattr(evaluate, "read_config", lambda folder: {"preset": "small"})
     monkeypatch.setattr(evaluate, "load_models", lambda *_: (models, models.config, 0))
     monkeypatch.setattr(evaluate, "record", lambda *_, most: buffer)
     row, = json.loads(judged(capsys, "run", "--sweep-temperature", "--json"))
@@ -2941,7 +3201,7 @@ def test_virtual_scores_against_plain_loops(monkeypatch, capsys):
     assert (row["trained_at"], row["steps"], row["moments"]) == (1.5, steps, 76)
     text = judged(capsys, "run", "--sweep-temperature")
     assert "at 1.15" in text and f"{virtual.mean():.2f} (" in text
-    assert_main_refuses("neither --random", evaluate.main, "run", "--sweep-temperature", "--play")
+    assert_main_refuses("one at a time", evaluate.main, "run", "--sweep-temperature", "--play")
 
 
 def test_keys_become_the_games_actions():
