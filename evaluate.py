@@ -33,12 +33,12 @@ import sys
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from atari import AtariEnv, ExperienceBuffer, canonical_name
 from dynamics import DreamEnv, dream, open_loop, policy_input, reward_class, sample
-from train import (MAY_CHANGE, PRESETS, PROTOCOL, STAGES, TIMES, Config, Models, UserError, check,
-                   clock, config_from, newest_checkpoint, play_episodes, read_regular, real_steps,
-                   some_frames, write_atomically)
+from train import (MAY_CHANGE, PRESETS, PROTOCOL, SCHEMA, STAGES, TIMES, Config, Models, UserError,
+                   check, clock, read_regular, say, sealed, work, write_atomically)
 from vqvae import backgrounds, foreground_error
 
 # Published: scores of a random policy and a human (Mnih et al., 2015, as the Atari 100K benchmark
@@ -158,20 +158,71 @@ def read_run(folder):
                   "finished": returns is not None, "rounds": config.get("iterations", "?")}
 
 
+OLDER = "149dcc7"                               # the last commit whose checkpoints have no SCHEMA 2
+
+
+def unsealed(path):
+    """The dict in a file of `sealed` bytes, checked before torch sees one of them.
+    Raises UserError with one line if it is damaged, foreign or carries code.
+    """
+    data = memoryview(read_regular(path))
+    if hashlib.sha256(data[:-32]).digest() != data[-32:]:
+        raise UserError(f"{path} is damaged or no checkpoint of this version (commit {OLDER} reads "
+                        f"those of the one before)")
+    try:
+        state = torch.load(io.BytesIO(data[:-32]), map_location="cpu", weights_only=True)
+        if state["schema"] == SCHEMA:
+            return state
+    except Exception:                               # whatever a malicious file provokes
+        pass
+    raise UserError(f"{path} is no checkpoint of this version of train.py")
+
+
+def newest_checkpoint(folder):
+    """The state in the newer of the two checkpoints that is whole; says so if it is the older."""
+    problems = []
+    for name in ("checkpoint.pt", "checkpoint-previous.pt"):
+        if os.path.lexists(folder / name):
+            try:
+                state = unsealed(folder / name)
+            except ValueError as error:
+                problems.append(str(error))
+                continue
+            for problem in problems:
+                say(f"warning: {problem}; going on from {name}", "stderr")
+            return state
+    raise UserError("; ".join(problems) or f"{folder} holds no checkpoint to go on from")
+
+
+def config_from(state):
+    """The Config inside a checkpoint or a config.json; UserError unless all of it is there, in the
+    types that it should have.
+    """
+    kinds = {f.name: f.type for f in dataclasses.fields(Config)}
+    if not isinstance(state, dict) or set(state) != set(kinds):
+        raise UserError(f"these settings are damaged or of another version of train.py (commit "
+                        f"{OLDER} reads those of the one before)")
+    state = {k: tuple(v) if isinstance(v, list) else v for k, v in state.items()}
+    for name, value in state.items():
+        kind = (int, float) if kinds[name] is float else (kinds[name],)
+        parts = value if type(value) is tuple else ()
+        if type(value) not in kind or any(type(v) not in (int, float) for v in parts):
+            raise UserError(f"{name} = {value!r} is no {kinds[name].__name__}: damaged settings")
+    return Config(**state)
+
+
 MODEL = "model.pt"                              # a run to play with, without its checkpoint
 
 
 def export_model(args):
-    """--export: a run's weights in bfloat16, its settings and interactions, and their SHA-256."""
+    """--export: a run's weights in bfloat16, its settings and interactions, sealed."""
     models, config, interactions = load_models(args.runs[0], args.device)
-    data = io.BytesIO()
     networks = {name: {key: value.cpu().bfloat16() if value.is_floating_point() else value.cpu()
                        for key, value in network.state_dict().items()}
                 for name, network in models.networks().items()}
-    torch.save({"config": dataclasses.asdict(config), "interactions": interactions,
-                "networks": networks}, data)
-    data = data.getvalue()
-    write_atomically(pathlib.Path(args.export), data + hashlib.sha256(data).digest())
+    write_atomically(args.export, sealed({
+        "schema": SCHEMA, "config": dataclasses.asdict(config), "networks": networks,
+        "rows": [{"interactions": interactions}]}))
     print(f"saved {args.export}", file=sys.stderr)
 
 
@@ -185,18 +236,11 @@ def load_models(folder, device):
     if described.get("preset") == "ppo":
         raise UserError(f"{folder} is a run of ppo.py, which keeps no weights to play with")
     where = folder / ("checkpoint.pt" if any(folder.glob("checkpoint*.pt")) else MODEL)
-    if where.name != MODEL:
-        state = newest_checkpoint(folder)
-    elif not where.exists():
+    if where.name == MODEL and not where.exists():
         raise UserError(f"{folder} holds no checkpoint and no {MODEL}, so there is nothing to play "
                         f"with or to dream in; name a run that has one, or train one")
-    else:
-        data = read_regular(where, 2**26)
-        if hashlib.sha256(data[:-32]).digest() != data[-32:]:
-            raise UserError(f"{where} is damaged: its checksum is another")
+    state = unsealed(where) if where.name == MODEL else newest_checkpoint(folder)
     try:
-        if where.name == MODEL:
-            state = torch.load(io.BytesIO(data[:-32]), map_location="cpu", weights_only=True)
         # Judging needs no compiler, and may happen on another device.
         config = config_from(state["config"] | {"device": device, "compile": False})
         own = json.loads(json.dumps(dataclasses.asdict(config)))     # tuples become lists
@@ -208,8 +252,7 @@ def load_models(folder, device):
         models = Models(config, AtariEnv(config.game).num_actions)
         for name, network in models.networks().items():
             network.load_state_dict(state["networks"][name])
-        return models, config, int(state["interactions"] if where.name == MODEL else
-                                   sum(shard["length"] for shard in state["shards"]))
+        return models, config, int(state["rows"][-1]["interactions"] if state["rows"] else 0)
     except UserError:
         raise
     except Exception as error:      # whatever other names, types and shapes, or code in it, provoke
@@ -536,6 +579,50 @@ class RandomPolicy:
         return self.rng.integers(self.num_actions, size=len(observations)), None
 
 
+def real_steps(models, game, seeds, temperature):
+    """Plays one whole real episode for each seed, all side by side. A generator: each step yields,
+    for all that still play, (number of the episode, frame uint8 [96, 96], action taken on it,
+    reward, terminated, truncated).
+
+    Up to 30 no-ops, no sticky actions, no life-loss termination, actions sampled from
+    softmax(logits / temperature), the reward as the game counts it.
+    """
+    envs = [AtariEnv(game, seed=seed) for seed in seeds]
+    stacks = np.stack([[env.reset()] * 4 for env in envs])                       # [B, 4, 96, 96]
+    playing, state = np.arange(len(envs)), None
+    while len(playing):
+        (actions, state), rows = models.act(stacks[playing], temperature, state), []
+        for i, action in zip(playing, actions):
+            frame, reward, terminated, truncated = envs[i].step(action)
+            rows.append((i, stacks[i, -1].copy(), action, reward, terminated, truncated))
+            stacks[i] = np.concatenate([stacks[i, 1:], frame[None]])
+        yield rows
+        goes_on = np.array([not (terminated or truncated) for *_, terminated, truncated in rows])
+        playing, state = playing[goes_on], still_playing(state, goes_on)
+
+
+def still_playing(state, goes_on):
+    """The dynamics' state (None: there is none) of those episodes, bool [B], that go on."""
+    if state is None or goes_on.all():
+        return state
+    rows = np.flatnonzero(goes_on)
+    return [(h[rows], c[rows]) for h, c in state]
+
+
+def play_episodes(models, game, seeds, temperature, stopped=lambda: False, label="playing"):
+    """Scores of whole real episodes, one for each seed, as a list; None if stopped."""
+    scores = np.zeros(len(seeds))
+    with models.acting(), tqdm(desc=label, unit=" steps", leave=False, disable=not (
+            sys.stderr and sys.stderr.isatty())) as bar:
+        for rows in real_steps(models, game, seeds, temperature):
+            if stopped():
+                return None
+            for i, _, _, reward, _, _ in rows:
+                scores[i] += reward
+            bar.update(len(rows))
+    return scores.tolist()
+
+
 def episode_seeds(seed, numbers):
     """Of real episodes with these numbers, within what the emulator takes."""
     return [(seed * 10_000 + i) % 2**31 for i in numbers]
@@ -673,7 +760,7 @@ def fidelity(models, buffer, temperature=1.0, most=256):
     paid = paid.cpu().long()                                                         # [n, L - 1]
     true_paid = reward_class(torch.from_numpy(buffer.rewards[rows[:, :-1]])) - 1
 
-    pictures = backgrounds(some_frames(models, buffer)).cpu()
+    pictures = backgrounds(models.to_device(buffer.some_frames())).cpu()
     table, still = [], real[:, CONTEXT - 1]
     still_frames = decoded(models, still)
     for k in HORIZONS:
@@ -909,7 +996,23 @@ def or_warning(path):
         yield
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        print(f"warning: no picture {path}: {reason[0]}", file=sys.stderr)
+        say(f"warning: no picture {path}: {reason[0]}", "stderr")
+
+
+def report(run):
+    """One line for the round just finished, and the curves of all of them."""
+    row = run.rows[-1]
+    parts = [f"{row['iteration']:2d}/{run.config.iterations}", f"{row['interactions']:6d} steps"]
+    for name, label, form in (
+            ("elbo", "elbo", ".0f"), ("foreground_error", "fg", ".2f"),
+            ("perplexity", "perplexity", ".0f"), ("code_loss", "code loss", ".3f"),
+            ("code_accuracy", "acc", ".3f"), ("reward_loss", "reward loss", ".4f"),
+            ("entropy", "entropy", ".2f"), ("dream_return", "dream return", ".3f"),
+            ("collect_return", "collected", ".1f"), ("real_return", "real return", ".1f")):
+        if name in row:
+            parts.append(f"{label} {row[name]:{form}}")
+    say("  ".join(parts) + f"  | {clock(sum(sum(t[s] for s in STAGES) for t in run.times))}")
+    progress_picture(run)
 
 
 def progress_picture(run):
@@ -940,7 +1043,7 @@ def world_model_picture(run):
     -> foreground error on 256 of its observations.
     """
     models, buffer, rng = run.models, run.buffer, run.numpy_rng(0, 0, 0)
-    start = len(buffer) - run.shards[-1]["length"]
+    start = len(buffer) - work(run.config, run.iteration)["collect"]
     rows = rng.integers(start, len(buffer), size=256)
     x = torch.cat([models.observations(buffer, part) for part in np.split(rows, 4)])
     with models.autocast():

@@ -17,6 +17,7 @@ import csv
 import dataclasses
 import errno
 import functools
+import hashlib
 import inspect
 import io
 import json
@@ -223,7 +224,7 @@ def test_adding_one_by_one_or_all_at_once_is_the_same():
     batched.add(*(c[:1] for c in columns))
     batched.add(*(c[1:] for c in columns))
     assert len(single) == len(batched) == n
-    for name, column in zip(train.SHARD_ARRAYS, columns):
+    for name, column in zip(ExperienceBuffer.COLUMNS, columns):
         assert np.array_equal(getattr(single, name), column)
         assert np.array_equal(getattr(batched, name), column)
     assert np.array_equal(single.start, batched.start) and len(set(single.start)) > 5
@@ -2154,7 +2155,7 @@ def test_predicted_ends_reach_everything(monkeypatch):
 
 
 def test_lost_lives_are_noted():
-    """--predict-ends: row t says whether a life was lost with a_t, after a restart from disk too."""
+    """--predict-ends: row t says whether a life was lost with a_t, also when read from disk."""
     run, _ = collected(AtariEnv("Breakout"), 0, 300, random_segment=20)
     replay, lives = AtariEnv("Breakout"), []
     replay.reset(seed=int(np.random.default_rng([0, 0, 0]).integers(2**31)))
@@ -2440,6 +2441,8 @@ def test_a_foreign_checkpoint_is_refused_and_its_code_not_run(tmp_path):
     torch.save({"schema": train.SCHEMA, "networks": bomb}, path)
     assert_refused("is damaged or no checkpoint", "evaluate.py", tmp_path, "--episodes", "1")
     assert_refused("is damaged or no checkpoint", "train.py", "--resume", tmp_path)
+    path.write_bytes(train.sealed({"schema": train.SCHEMA, "networks": bomb}))
+    both_refuse("is no checkpoint of this version")
     assert not trap.exists()
     torch.load(path, weights_only=False)       # it was live
     assert trap.exists()
@@ -2450,6 +2453,12 @@ def test_a_foreign_checkpoint_is_refused_and_its_code_not_run(tmp_path):
 # ----------------------------------------------------------------------------------------------
 
 
+def write_table(path, columns, rows):
+    """A table as Run.write_tables writes it; a figure that a row does not have stays empty."""
+    lines = [columns, *([f"{row[c]:.6g}" if c in row else "" for c in columns] for row in rows)]
+    path.write_text("".join(",".join(line) + "\n" for line in lines))
+
+
 def made_up_run(out, game, seed, scores, preset="small", rows=3, **changed):
     """A run folder with config.json, metrics.csv and, if there are scores, evaluation.json."""
     folder = out / f"{game}-{preset}-s{seed}-{len(changed)}"
@@ -2458,7 +2467,7 @@ def made_up_run(out, game, seed, scores, preset="small", rows=3, **changed):
     settings |= {"out": str(out), "eval_episodes": seed}             # no reason not to be averaged
     config = dataclasses.asdict(train.Config(**settings))
     (folder / "config.json").write_text(json.dumps(config))
-    train.write_table(folder / "metrics.csv", train.METRICS, [
+    write_table(folder / "metrics.csv", train.METRICS, [
         {"iteration": i + 1, "interactions": 100 * (i + 1), "real_return": 10. * seed + i,
          "real_episodes": 4} for i in range(rows)])
     if scores is not None:
@@ -2487,7 +2496,7 @@ def test_costs_of_runs(tmp_path, capsys):
     """Sums of times.csv, shares of the stages, the highest peak; damage is told in one line."""
     run, bare = (made_up_run(tmp_path, "Pong", seed, [1.0]) for seed in (0, 1))
     seconds = [[10, 600, 900, 90, 20], [30, 0, 1800, 180, 40]]
-    train.write_table(run / "times.csv", train.TIMES, [
+    write_table(run / "times.csv", train.TIMES, [
         dict(zip(train.TIMES, (i + 1, *row, 900 - i))) for i, row in enumerate(seconds)])
     told = [re.split("  +", line) for line in judged(capsys, run, bare).splitlines()[-2:]]
     assert told == [["run", "h:mm:ss", "collect", "warm up", "world model", "policy", "evaluate",
@@ -2504,7 +2513,7 @@ def test_markdown_tables(tmp_path, capsys):
         run = made_up_run(tmp_path, "Freeway", seed, scores)
     made_up_run(tmp_path, "Freeway", 2, [9.0], scale=0.5)
     made_up_run(tmp_path, "Pong", 0, None)
-    train.write_table(run / "times.csv", train.TIMES, [
+    write_table(run / "times.csv", train.TIMES, [
         dict(zip(train.TIMES, (1, 10, 30, 3000, 500, 60, 1234.5)))])
     chance = tmp_path / "random.json"
     chance.write_text(json.dumps([{"game": "Freeway", "mean": 0.25, "std": 0.5}]))
@@ -2624,10 +2633,10 @@ def test_runs_from_before_a_setting_existed(tmp_path, capsys):
     # The preset has another one by now, and the table says so.
     assert json.loads(judged(capsys, young, "--plot", tmp_path / "a.png", "--json"))[0][
         "changed"] == {"temperature": 1.0}
-    loaded = train.config_from(config)
+    loaded = evaluate.config_from(config)
     assert loaded.temperature == 1 and not loaded.policy_memory and loaded.preset == "small"
     with pytest.raises(train.UserError, match="another version of train.py: colour, shape"):
-        train.config_from(config | {"shape": 1, "colour": 2})
+        evaluate.config_from(config | {"shape": 1, "colour": 2})
     for folder, colour in ((old, 1), (older, 2)):
         settings = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(settings | {"colour": colour, "hidden": 7}))
@@ -2825,7 +2834,7 @@ def saved_run(tmp_path, seed=0, checkpoint=True, **settings):
     torch.manual_seed(seed)
     folder = made_up_run(tmp_path, "Freeway", seed, [20.0, 30.0], bf16=False, vqvae_width=0.1,
                          hidden=8, policy_width=0.1, **settings)
-    config = train.config_from(json.loads((folder / "config.json").read_text()))
+    config = evaluate.config_from(json.loads((folder / "config.json").read_text()))
     models = train.Models(config, 3)
     state = {"config": dataclasses.asdict(config) | {"device": "cuda"}, "networks": {
         name: network.state_dict() for name, network in models.networks().items()},
@@ -2917,7 +2926,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, monkeypatch, plain_che
 
 def test_only_regular_files_of_their_size_are_read(tmp_path, capsys):
     """A pipe, a device, a folder or a huge file in place of any: one line, at once."""
-    train.write_table(made_up_run(tmp_path, "Pong", 0, [1.0]) / "times.csv", train.TIMES, [])
+    write_table(made_up_run(tmp_path, "Pong", 0, [1.0]) / "times.csv", train.TIMES, [])
     folder, huge = tmp_path / "Pong-small-s0-0", tmp_path / "huge"
     with open(huge, "wb") as file:
         file.truncate(2**40)                   # takes no room
@@ -3062,7 +3071,7 @@ def test_fidelity_figures_against_plain_loops(monkeypatch):
         assert row["foreground_error"] > 0
     with pytest.raises(train.UserError, match="no episode lasted"):
         short = ExperienceBuffer(30)
-        short.add(*(getattr(buffer, n)[72:101] for n in train.SHARD_ARRAYS))
+        short.add(*(getattr(buffer, n)[72:101] for n in ExperienceBuffer.COLUMNS))
         evaluate.fidelity(models, short)
 
 
@@ -4111,15 +4120,16 @@ def comparable(preset, **settings):
 
 
 def stage_jobs(config, models, buffer):
-    """Work of each stage on random rows: {name: (units, function that does so many at once)}. A
-    unit of collect is one step of one environment, of evaluate one step of eight, else an update."""
+    """Work of each stage on random rows: {name: (units, function that does so many at once)}. Of
+    collect a unit is a step of one environment, of evaluate one step of eight, else an update."""
     c, rng = config, np.random.default_rng(0)
 
     def observations(n):
         return models.observations(buffer, rng.integers(len(buffer), size=n))
 
     def world_model():
-        rows = rng.integers(len(buffer) - c.window, size=(c.dynamics_batch, 1)) + np.arange(c.window)
+        starts = rng.integers(len(buffer) - c.window, size=(c.dynamics_batch, 1))
+        rows = starts + np.arange(c.window)
         models.world_model_update(*models.windows(buffer, rows), c.context)
 
     def act(environments, steps):

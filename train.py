@@ -937,7 +937,7 @@ class Run:
                              keep=self.folder / "checkpoint-previous.pt")
             self.write_tables()
             self.saved = True
-        except UserError as error:
+        except ValueError as error:
             if getattr(error.__cause__, "errno", None) not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             say(f"warning: the disk of {self.folder} is full, some {self.disk_need() >> 20} MB are "
@@ -1071,8 +1071,7 @@ def numbers(text):
 def settings_from(given):
     """Explicit flags over the preset over the defaults."""
     has_cuda = torch.cuda.is_available()
-    given.setdefault("preset", "paper" if has_cuda else "small")
-    given.setdefault("device", "cuda" if has_cuda else "cpu")
+    given = dict(preset=("small", "paper")[has_cuda], device=("cpu", "cuda")[has_cuda]) | given
     config = Config(**(PRESETS[given["preset"]] | given))
     config.game = canonical_name(config.game)
     for name in ("world_model_epochs", "ppo_updates"):
@@ -1112,7 +1111,7 @@ def start(arguments):
         folder = pathlib.Path(folder)
         if not folder.is_dir():
             raise UserError(f"there is no run folder {folder}")
-        if any(folder.glob("checkpoint*.pt")):
+        if any(folder.glob("checkpoint*.pt")) or not (folder / "config.json").exists():
             state = newest_checkpoint(folder)
         saved = state["config"] if state else json.loads(read_regular(folder / "config.json"))
         config = resume_settings(config_from(saved), given, override)
