@@ -99,14 +99,15 @@ class Config:
     foreground: float = setting(0.0, "extra weight of foreground pixels, a tenth at the end (ours)")
     vqvae_every: int = setting(3, "after the warm-up, VQ-VAE update in every n-th step (paper 3.4)")
     vqvae_share: float = setting(1.0, "first share of a round in which the VQ-VAE learns (ours)")
-    vqvae_batch: int = setting(44, "observations per such update; 44: the whole batch (released)")
+    vqvae_batch: int = setting(40, "observations per such update, of all experience (released)")
 
     # Dynamics (Section 3.2-3.3)
     hidden: int = setting(128, "channels of each ConvLSTM cell (paper, Table 3)")
     dynamics_lr: float = setting(5e-4, "Adam's learning rate (released)")
     dynamics_lr_end: float = setting(5e-4, "falls to this in each round, linearly (ours)")
     reward_lr: float = setting(1e-3, "reward head's learning rate, 'higher' (paper 3.4; released)")
-    reward_weight: float = setting(1e-6, "weight of the reward loss, tiny (paper 3.4; released)")
+    reward_weight: float = setting(1e-6, "weight of the reward loss, tiny (paper 3.4; released: "
+                                   "beside a sum over the 36 codes, ours is beside their mean)")
     dynamics_batch: int = setting(4, "windows per update (released)")
     window: int = setting(11, "observations per window: 10 predictions (released)")
     context: int = setting(4, "inputs that are true codes; then the model's samples (released)")
@@ -289,8 +290,8 @@ def learn_world_model(run):
         if codes is None and done >= c.vqvae_share:
             codes = run.all_codes()
         if codes is None and update % c.vqvae_every == c.vqvae_every - 1:
-            some = run.numpy_rng(epoch, batch).permutation(rows.size)[:c.vqvae_batch]
-            run.add(models.vqvae_update(models.observations(buffer, rows.flatten()[some]),
+            some = run.numpy_rng(epoch, batch).integers(len(buffer), size=c.vqvae_batch)
+            run.add(models.vqvae_update(models.observations(buffer, some),
                                         models.scalar(0.1 * c.foreground)), update)
         models.set_rates("dynamics", falling(first_lr, c.dynamics_lr_end, done),
                          falling(c.reward_lr, reward_lr_end, done))
@@ -328,11 +329,9 @@ def evaluate(run):
         if scores is None:
             run.leave()                             # the group is played again
         returns += scores
-    if not episodes:
-        return {}
-    return {"real_return": np.mean(returns), "real_std": np.std(returns),
-            "real_median": np.median(returns), "real_best": np.max(returns),
-            "real_episodes": episodes}
+    return {} if not episodes else {
+        "real_return": np.mean(returns), "real_std": np.std(returns),
+        "real_median": np.median(returns), "real_best": np.max(returns), "real_episodes": episodes}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -379,9 +378,8 @@ class Models:
             self.imagine = torch.compile(imagine, fullgraph=True, dynamic=False)
         # "Reward Loss": scaled down by reward_weight for the trunk's sake, and a higher learning
         # rate for the head. Adam divides the scale out again, if the head's eps shrinks with it.
-        heads = ("reward_head.", "end_head.")
-        head, trunk = ([p for name, p in self.dynamics.named_parameters()
-                        if name.startswith(heads) == is_head] for is_head in (True, False))
+        head, trunk = ([p for name, p in self.dynamics.named_parameters() if name.startswith(
+            ("reward_head.", "end_head.")) == is_head] for is_head in (True, False))
         fast = dict(fused=self.device.type in ("cpu", "cuda"), capturable=self.graphs)
         self.optimizers = {
             "vqvae": torch.optim.Adam(self.vqvae.parameters(), lr=config.vqvae_lr, **fast),
@@ -1003,10 +1001,8 @@ def check(c):
         if name in ("world_model_epochs", "ppo_updates") and len(value) != c.iterations:
             raise UserError(f"--{name} needs one number per iteration: {c.iterations}, "
                             f"not {len(value)}")
-    if c.seed >= 2**31:
-        raise UserError("--seed must be less than 2**31")
-    if c.window < 2 or c.minibatch < 2:
-        raise UserError("--window and --minibatch must be 2 or more")
+    if c.seed >= 2**31 or c.window < 2 or c.minibatch < 2:
+        raise UserError("--seed must be less than 2**31, --window and --minibatch 2 or more")
     need = max(c.window * (c.dynamics_batch + 1), c.warmup_batch)
     if c.first_interactions < need:
         raise UserError(f"--first_interactions must be {need} or more for these batch sizes")
