@@ -195,11 +195,11 @@ def newest_checkpoint(folder):
 
 
 def config_from(state):
-    """The Config inside a checkpoint or a config.json; UserError unless all of it is there, in the
-    types that it should have.
+    """The Config inside a checkpoint or a config.json; a setting younger than that has its default.
+    UserError for settings that are not ours, or not in the types that they should have.
     """
     kinds = {f.name: f.type for f in dataclasses.fields(Config)}
-    if not isinstance(state, dict) or set(state) != set(kinds):
+    if not isinstance(state, dict) or not set(state) <= set(kinds):
         raise UserError(f"these settings are damaged or of another version of train.py (commit "
                         f"{OLDER} reads those of the one before)")
     state = {k: tuple(v) if isinstance(v, list) else v for k, v in state.items()}

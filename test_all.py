@@ -2801,12 +2801,13 @@ def test_pictures_do_not_depend_on_the_users_settings(tmp_path, capsys, monkeypa
 
 def test_a_picture_never_ends_a_run(tmp_path, capsys, monkeypatch):
     """Whatever matplotlib or the disk do: a line of warning, and the foreground error as before."""
-    rng, models, buffer = np.random.default_rng(0), tiny_models(), ExperienceBuffer(60)
+    rng, models = np.random.default_rng(0), tiny_models(first_interactions=60)
+    buffer = ExperienceBuffer(60)
     buffer.add(rng.integers(0, 256, (60, 96, 96), np.uint8), rng.integers(M, size=60),
                np.zeros(60), rng.random(60) < 0.02, np.zeros(60, bool))
     run = types.SimpleNamespace(
         models=models, buffer=buffer, folder=tmp_path, iteration=0, config=models.config, rows=[],
-        shards=[{"length": 60}], numpy_rng=lambda *numbers: np.random.default_rng(numbers),
+        numpy_rng=lambda *numbers: np.random.default_rng(numbers),
         other_dice=contextlib.nullcontext)
     error = evaluate.world_model_picture(run)
     assert 0 < error < 100 and capsys.readouterr().err == ""
@@ -2836,23 +2837,15 @@ def saved_run(tmp_path, seed=0, checkpoint=True, **settings):
                          hidden=8, policy_width=0.1, **settings)
     config = evaluate.config_from(json.loads((folder / "config.json").read_text()))
     models = train.Models(config, 3)
-    state = {"config": dataclasses.asdict(config) | {"device": "cuda"}, "networks": {
-        name: network.state_dict() for name, network in models.networks().items()},
-        "shards": [{"length": 700}]}
-    if checkpoint:                             # whose own form the tests of train.py know
-        torch.save(state, folder / "checkpoint.pt")
+    if checkpoint:
+        (folder / "checkpoint.pt").write_bytes(train.sealed({
+            "schema": train.SCHEMA, "config": dataclasses.asdict(config) | {"device": "cuda"},
+            "rows": [{"interactions": 700}], "networks": {
+                name: network.state_dict() for name, network in models.networks().items()}}))
     return folder, models
 
 
-@pytest.fixture
-def plain_checkpoints(monkeypatch):
-    """Checkpoints are what saved_run leaves: what evaluate.py does with one that is whole."""
-    monkeypatch.setattr(evaluate, "newest_checkpoint", lambda folder: torch.load(
-        folder / "checkpoint.pt", weights_only=True))
-
-
-def test_stored_scores_are_shown_and_episodes_played_when_asked(tmp_path, capsys, monkeypatch,
-                                                                plain_checkpoints):
+def test_stored_scores_are_shown_and_episodes_played_when_asked(tmp_path, capsys, monkeypatch):
     """One run alone: what was played is in evaluation.json; --episodes plays anew."""
     folder, _ = saved_run(tmp_path)
     seeds = []
@@ -2868,7 +2861,7 @@ def test_stored_scores_are_shown_and_episodes_played_when_asked(tmp_path, capsys
     assert_main_refuses(f"no run folder {tmp_path / 'no*'}", evaluate.main, tmp_path / "no*")
 
 
-def test_a_model_to_keep(tmp_path, capsys, monkeypatch, plain_checkpoints):
+def test_a_model_to_keep(tmp_path, capsys, monkeypatch):
     """--export: weights in bfloat16, with which everything works; damage and code are refused."""
     folder, models = saved_run(tmp_path)
     record = evaluate.record                   # a dozen steps will do
@@ -2879,7 +2872,7 @@ def test_a_model_to_keep(tmp_path, capsys, monkeypatch, plain_checkpoints):
     whole = path.read_bytes()
     assert whole[-32:] == hashlib.sha256(whole[:-32]).digest()
     state = torch.load(io.BytesIO(whole), weights_only=True)
-    assert set(state) == {"config", "interactions", "networks"} and state["interactions"] == 700
+    assert set(state) == {"schema", "config", "rows", "networks"}
     assert {t.dtype for network in state["networks"].values() for t in network.values()
             } == {torch.bfloat16, torch.int64}
     loaded, config, interactions = evaluate.load_models(folder, "cpu")
@@ -2909,7 +2902,7 @@ def test_a_model_to_keep(tmp_path, capsys, monkeypatch, plain_checkpoints):
                         folder / "checkpoint.pt")
 
 
-def test_a_checkpoint_of_another_run_is_refused(tmp_path, monkeypatch, plain_checkpoints):
+def test_a_checkpoint_of_another_run_is_refused(tmp_path, monkeypatch):
     """Another seed's or game's or setting's; what may change may differ; no compiler is needed."""
     folder, _ = saved_run(tmp_path, compile=True)
     for where, name in ((torch, "compile"), (evaluate, "play_episodes"), (evaluate, "record")):
@@ -4081,7 +4074,7 @@ def test_the_readme_tells_the_truth_about_the_code():
     assert len(counts) == 8
     for file, count in counts:
         assert int(count) == len((HERE / file).read_text().splitlines()), file
-    for column, meaning in train.METRICS.items():
+    for column in train.METRICS:
         assert f"| `{column}` |" in text, column
     assert "@@" not in text
 
