@@ -199,9 +199,10 @@ def config_from(state):
     UserError for settings that are not ours, or not in the types that they should have.
     """
     kinds = {f.name: f.type for f in dataclasses.fields(Config)}
-    if not isinstance(state, dict) or not set(state) <= set(kinds):
-        raise UserError(f"these settings are damaged or of another version of train.py (commit "
-                        f"{OLDER} reads those of the one before)")
+    odd = sorted(set(state) - set(kinds)) if isinstance(state, dict) else ["no settings at all"]
+    if odd:
+        raise UserError(f"settings of another version of train.py: {', '.join(odd)}; "
+                        f"commit {OLDER} reads those of the one before")
     state = {k: tuple(v) if isinstance(v, list) else v for k, v in state.items()}
     for name, value in state.items():
         kind = (int, float) if kinds[name] is float else (kinds[name],)
@@ -246,15 +247,15 @@ def load_models(folder, device):
         own = json.loads(json.dumps(dataclasses.asdict(config)))     # tuples become lists
         for name, value in own.items():
             if name not in ("out", *MAY_CHANGE) and described.get(name, value) != value:
-                raise UserError(f"{where} belongs to another run than the config.json beside it: "
+                raise UserError(f"belongs to another run than the config.json beside it: "
                                 f"{name} is {value}, not {described[name]}")
         check(config)
         models = Models(config, AtariEnv(config.game).num_actions)
         for name, network in models.networks().items():
             network.load_state_dict(state["networks"][name])
         return models, config, int(state["rows"][-1]["interactions"] if state["rows"] else 0)
-    except UserError:
-        raise
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
     except Exception as error:      # whatever other names, types and shapes, or code in it, provoke
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"{where} is damaged or none of ours ({reason[0][:80]})") from None
