@@ -262,6 +262,96 @@ def load_models(folder, device):
 
 
 # --------------------------------------------------------------------------------------------------
+# Playing whole episodes
+# --------------------------------------------------------------------------------------------------
+
+
+class RandomPolicy:
+    """Plays uniformly at random through the same function as a trained policy."""
+    acting = contextlib.nullcontext             # there is nothing to cast
+
+    def __init__(self, num_actions, seed):
+        self.num_actions, self.rng = num_actions, np.random.default_rng(seed)
+
+    def act(self, observations, temperature, state=None):
+        return self.rng.integers(self.num_actions, size=len(observations)), None
+
+
+def real_steps(models, game, seeds, temperature):
+    """Plays one whole real episode for each seed, all side by side. A generator: each step yields,
+    for all that still play, (number of the episode, frame uint8 [96, 96], action taken on it,
+    reward, terminated, truncated).
+
+    Up to 30 no-ops, no sticky actions, no life-loss termination, actions sampled from
+    softmax(logits / temperature), the reward as the game counts it.
+    """
+    envs = [AtariEnv(game, seed=seed) for seed in seeds]
+    stacks = np.stack([[env.reset()] * 4 for env in envs])                       # [B, 4, 96, 96]
+    playing, state = np.arange(len(envs)), None
+    while len(playing):
+        (actions, state), rows = models.act(stacks[playing], temperature, state), []
+        for i, action in zip(playing, actions):
+            frame, reward, terminated, truncated = envs[i].step(action)
+            rows.append((i, stacks[i, -1].copy(), action, reward, terminated, truncated))
+            stacks[i] = np.concatenate([stacks[i, 1:], frame[None]])
+        yield rows
+        goes_on = np.array([not (terminated or truncated) for *_, terminated, truncated in rows])
+        playing, state = playing[goes_on], still_playing(state, goes_on)
+
+
+def still_playing(state, goes_on):
+    """The dynamics' state (None: there is none) of those episodes, bool [B], that go on."""
+    if state is None or goes_on.all():
+        return state
+    rows = np.flatnonzero(goes_on)
+    return [(h[rows], c[rows]) for h, c in state]
+
+
+def play_episodes(models, game, seeds, temperature, stopped=lambda: False, label="playing"):
+    """Scores of whole real episodes, one for each seed, as a list; None if stopped."""
+    scores = np.zeros(len(seeds))
+    with models.acting(), tqdm(desc=label, unit=" steps", leave=False, disable=not (
+            sys.stderr and sys.stderr.isatty())) as bar:
+        for rows in real_steps(models, game, seeds, temperature):
+            if stopped():
+                return None
+            for i, _, _, reward, _, _ in rows:
+                scores[i] += reward
+            bar.update(len(rows))
+    return scores.tolist()
+
+
+def record(models, game, seeds, temperature, most):
+    """Plays one real episode for each seed, side by side, at most `most` steps of each
+    -> ExperienceBuffer with one episode after the other.
+    """
+    episodes = [[] for _ in seeds]
+    with models.acting():
+        for step, rows in zip(range(most), real_steps(models, game, seeds, temperature)):
+            for i, *row, truncated in rows:
+                episodes[i].append((*row, truncated or step == most - 1))
+    buffer = ExperienceBuffer(sum(map(len, episodes)))
+    for episode in episodes:
+        buffer.add(*map(np.array, zip(*episode)))
+    return buffer
+
+
+def episode_seeds(seed, numbers):
+    """Of real episodes with these numbers, within what the emulator takes."""
+    return [(seed * 10_000 + i) % 2**31 for i in numbers]
+
+
+def play(models, game, episodes, seed, temperature):
+    """Whole real episodes, eight of them side by side -> list of scores."""
+    torch.manual_seed(seed)
+    scores = []
+    while len(scores) < episodes:
+        numbers = range(len(scores), min(len(scores) + 8, episodes))
+        scores += play_episodes(models, game, episode_seeds(seed, numbers), temperature)
+    return scores
+
+
+# --------------------------------------------------------------------------------------------------
 # Judge: many runs, one table
 # --------------------------------------------------------------------------------------------------
 
@@ -569,76 +659,6 @@ def plot(groups, path):
                              if kinds else ""), file=sys.stderr)
 
 
-class RandomPolicy:
-    """Plays uniformly at random through the same function as a trained policy."""
-    acting = contextlib.nullcontext             # there is nothing to cast
-
-    def __init__(self, num_actions, seed):
-        self.num_actions, self.rng = num_actions, np.random.default_rng(seed)
-
-    def act(self, observations, temperature, state=None):
-        return self.rng.integers(self.num_actions, size=len(observations)), None
-
-
-def real_steps(models, game, seeds, temperature):
-    """Plays one whole real episode for each seed, all side by side. A generator: each step yields,
-    for all that still play, (number of the episode, frame uint8 [96, 96], action taken on it,
-    reward, terminated, truncated).
-
-    Up to 30 no-ops, no sticky actions, no life-loss termination, actions sampled from
-    softmax(logits / temperature), the reward as the game counts it.
-    """
-    envs = [AtariEnv(game, seed=seed) for seed in seeds]
-    stacks = np.stack([[env.reset()] * 4 for env in envs])                       # [B, 4, 96, 96]
-    playing, state = np.arange(len(envs)), None
-    while len(playing):
-        (actions, state), rows = models.act(stacks[playing], temperature, state), []
-        for i, action in zip(playing, actions):
-            frame, reward, terminated, truncated = envs[i].step(action)
-            rows.append((i, stacks[i, -1].copy(), action, reward, terminated, truncated))
-            stacks[i] = np.concatenate([stacks[i, 1:], frame[None]])
-        yield rows
-        goes_on = np.array([not (terminated or truncated) for *_, terminated, truncated in rows])
-        playing, state = playing[goes_on], still_playing(state, goes_on)
-
-
-def still_playing(state, goes_on):
-    """The dynamics' state (None: there is none) of those episodes, bool [B], that go on."""
-    if state is None or goes_on.all():
-        return state
-    rows = np.flatnonzero(goes_on)
-    return [(h[rows], c[rows]) for h, c in state]
-
-
-def play_episodes(models, game, seeds, temperature, stopped=lambda: False, label="playing"):
-    """Scores of whole real episodes, one for each seed, as a list; None if stopped."""
-    scores = np.zeros(len(seeds))
-    with models.acting(), tqdm(desc=label, unit=" steps", leave=False, disable=not (
-            sys.stderr and sys.stderr.isatty())) as bar:
-        for rows in real_steps(models, game, seeds, temperature):
-            if stopped():
-                return None
-            for i, _, _, reward, _, _ in rows:
-                scores[i] += reward
-            bar.update(len(rows))
-    return scores.tolist()
-
-
-def episode_seeds(seed, numbers):
-    """Of real episodes with these numbers, within what the emulator takes."""
-    return [(seed * 10_000 + i) % 2**31 for i in numbers]
-
-
-def play(models, game, episodes, seed, temperature):
-    """Whole real episodes, eight of them side by side -> list of scores."""
-    torch.manual_seed(seed)
-    scores = []
-    while len(scores) < episodes:
-        numbers = range(len(scores), min(len(scores) + 8, episodes))
-        scores += play_episodes(models, game, episode_seeds(seed, numbers), temperature)
-    return scores
-
-
 def judge_one(args):
     """Plays episodes with one run's newest checkpoint, or at random, and prints the scores."""
     if args.random:
@@ -680,21 +700,6 @@ def judge_many(args):
 
 CONTEXT = 4                                     # observations seen, as in training (released code)
 HORIZONS = (1, 2, 5, 10, 25, 50)                # steps dreamed after them
-
-
-def record(models, game, seeds, temperature, most):
-    """Plays one real episode for each seed, side by side, at most `most` steps of each
-    -> ExperienceBuffer with one episode after the other.
-    """
-    episodes = [[] for _ in seeds]
-    with models.acting():
-        for step, rows in zip(range(most), real_steps(models, game, seeds, temperature)):
-            for i, *row, truncated in rows:
-                episodes[i].append((*row, truncated or step == most - 1))
-    buffer = ExperienceBuffer(sum(map(len, episodes)))
-    for episode in episodes:
-        buffer.add(*map(np.array, zip(*episode)))
-    return buffer
 
 
 def moments(models, game, seed):
