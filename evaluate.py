@@ -45,21 +45,15 @@ from vqvae import backgrounds, foreground_error
 # uses them), and the paper's Tables 4 and 5, final scores of five runs after 100K interactions:
 # (mean, standard deviation, median, best). SimPLe is the variant "SD, gamma 0.99", PPO model-free;
 # the paper quotes both, PPO without median and best.
-PUBLISHED = {
-    #                random    human     paper
-    #                          SimPLe                               PPO 100K
-    "BankHeist":    (14.2,     753.1,    (101.2, 17.4, 101.2, 121.6),
-                               (8.2, 4.4, 8.9, 13.9),               (16.0, 12.4)),
-    "Breakout":     (1.7,      30.5,     (8.8, 1.5, 8.4, 11.6),
-                               (12.7, 3.8, 11.0, 19.5),             (5.9, 3.3)),
-    "CrazyClimber": (10780.5,  35829.4,  (47536.9, 6114.9, 45256.2, 59609.4),
-                               (39827.8, 22582.6, 41396.9, 67250.0), (18400.0, 5275.1)),
-    "Freeway":      (0.0,      29.6,     (24.6, 3.4, 26.2, 29.0),
-                               (20.3, 18.5, 33.5, 34.0),            (8.0, 9.8)),
-    "Pong":         (-20.7,    14.6,     (11.8, 6.9, 8.2, 20.2),
-                               (5.2, 9.7, 1.4, 21.0),               (-20.5, 0.6)),
-    "Seaquest":     (68.4,     42054.7,  (458.1, 155.7, 472.5, 635.0),
-                               (370.9, 128.2, 386.9, 497.2),        (370.0, 103.3)),
+PUBLISHED = {       # random, human, paper, SimPLe, PPO 100K
+    "BankHeist": (14.2, 753.1, (101.2, 17.4, 101.2, 121.6), (8.2, 4.4, 8.9, 13.9), (16.0, 12.4)),
+    "Breakout": (1.7, 30.5, (8.8, 1.5, 8.4, 11.6), (12.7, 3.8, 11.0, 19.5), (5.9, 3.3)),
+    "CrazyClimber": (10780.5, 35829.4, (47536.9, 6114.9, 45256.2, 59609.4),
+                     (39827.8, 22582.6, 41396.9, 67250.0), (18400.0, 5275.1)),
+    "Freeway": (0.0, 29.6, (24.6, 3.4, 26.2, 29.0), (20.3, 18.5, 33.5, 34.0), (8.0, 9.8)),
+    "Pong": (-20.7, 14.6, (11.8, 6.9, 8.2, 20.2), (5.2, 9.7, 1.4, 21.0), (-20.5, 0.6)),
+    "Seaquest": (68.4, 42054.7, (458.1, 155.7, 472.5, 635.0), (370.9, 128.2, 386.9, 497.2),
+                 (370.0, 103.3)),
 }
 UNPUBLISHED = (None, None, (None,) * 4, (None,) * 4, (None,) * 2)       # any other game
 
@@ -74,16 +68,19 @@ def human_normalised(game, score):
 # The folder of a run: its figures, its networks
 # --------------------------------------------------------------------------------------------------
 
+OLDER = "149dcc7"                               # the last commit whose checkpoints have no SCHEMA 2
+MODEL = "model.pt"                              # a run to play with, without its checkpoint
 
-def read_json(path, kind=dict):
-    """The object (or the list) in a JSON file; UserError if it cannot be read or is none."""
+
+def read_json(path, fits, parse=json.loads):
+    """What a file of a run holds; UserError if it is damaged or not as it should be: fits(it)."""
     try:
-        value = json.loads(read_regular(path, 2**20))
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, kind):
-        raise UserError(f"{path} is damaged")
-    return value
+        value = parse(read_regular(path, 2**24))
+        if fits(value):
+            return value
+    except (ValueError, TypeError, RecursionError, csv.Error):
+        pass
+    raise UserError(f"{path} is damaged")
 
 
 def is_number(value):
@@ -92,30 +89,25 @@ def is_number(value):
 
 
 def read_numbers(path, fits):
-    """A .csv of a run -> its rows as dicts of floats without the empty fields; [] if there is none.
-    UserError if it is damaged or a row does not fit: fits(row) -> bool.
-    """
-    try:
-        text = read_regular(path, 2**24).decode() if path.exists() else ""
-        rows = [{name: float(value) for name, value in row.items() if value}
-                for row in csv.DictReader(io.StringIO(text, newline=""))]
-        if all(all(map(is_number, row.values())) and fits(row) for row in rows):
-            return rows
-    except (ValueError, TypeError, csv.Error):
-        pass
-    raise UserError(f"{path} is damaged")
+    """A .csv -> its rows, each fit, as dicts of floats without the empty fields; [] if missing."""
+    if not path.exists():
+        return []
+    return read_json(path, lambda rows: all(
+        all(map(is_number, row.values())) and fits(row) for row in rows), lambda data: [
+            {name: float(value) for name, value in row.items() if value}
+            for row in csv.DictReader(io.StringIO(data.decode(), newline=""))])
 
 
 def read_config(folder):
     """config.json of a run folder; UserError if there is none."""
-    folder = pathlib.Path(folder)
+    path = pathlib.Path(folder) / "config.json"
     if not os.path.isdir(folder):
-        raise UserError(f"there is no run folder {folder}")
-    if not (folder / "config.json").exists():
-        raise UserError(f"{folder} is no run folder: no config.json in it")
-    config = read_json(folder / "config.json")
+        raise UserError(f"there is no run folder {path.parent}")
+    if not path.exists():
+        raise UserError(f"{path.parent} is no run folder: no config.json in it")
+    config = read_json(path, lambda value: isinstance(value, dict))
     if [type(config.get(name)) for name in ("game", "preset", "seed")] != [str, str, int]:
-        raise UserError(f"{folder / 'config.json'} is damaged: no game, preset or seed in it")
+        raise UserError(f"{path} is damaged: no game, preset or seed in it")
     return config
 
 
@@ -125,8 +117,8 @@ def read_run(folder):
     folder, game, preset, seed, interactions
     changed   {setting: value} where it differs from its preset: such a run has another row
     old       was it written by an older version, which had other settings?
-    returns   the scores of the final policy's episodes; None for a run that stopped early, which
-              is not `finished`: it is shown, and enters no mean
+    returns   scores of the final policy's episodes; None for a run that stopped early, which is not
+              `finished`: it is shown, and enters no mean
     rows      of metrics.csv, one dict a round; rounds: how many there are to be, "?" if unknown
     """
     folder, config = pathlib.Path(folder), read_config(folder)
@@ -137,13 +129,13 @@ def read_run(folder):
     returns, interactions = None, int(rows[-1]["interactions"]) if rows else 0
     path = folder / "evaluation.json"
     if path.exists():
-        result = read_json(path)
-        returns, interactions = result.get("returns"), result.get("interactions")
-        if not (isinstance(returns, list) and returns and type(interactions) is int
-                and all(map(is_number, [*returns, interactions]))):
-            raise UserError(f"{path} is damaged")
+        result = read_json(path, lambda r: (
+            isinstance(r, dict) and isinstance(r.get("returns"), list) and r["returns"]
+            and type(r.get("interactions")) is int
+            and all(map(is_number, [*r["returns"], r["interactions"]]))))
         if any(result.get(name) != value for name, value in run.items()):
             raise UserError(f"{path} belongs to another run than {folder / 'config.json'}")
+        returns, interactions = result["returns"], result["interactions"]
 
     # A setting younger than the run has its default; one older than the program it does not know.
     default, usual = (json.loads(json.dumps(dataclasses.asdict(Config(**preset))))
@@ -158,14 +150,9 @@ def read_run(folder):
                   "finished": returns is not None, "rounds": config.get("iterations", "?")}
 
 
-OLDER = "149dcc7"                               # the last commit whose checkpoints have no SCHEMA 2
-
-
 def unsealed(path):
-    """The dict in a file of `sealed` bytes, checked before torch sees one of them.
-    Raises UserError with one line if it is damaged, foreign or carries code.
-    """
-    data = memoryview(read_regular(path))
+    """The dict in a file of `sealed` bytes; UserError if it is damaged, foreign or carries code."""
+    data = memoryview(read_regular(path))           # checked before torch sees any of it
     if hashlib.sha256(data[:-32]).digest() != data[-32:]:
         raise UserError(f"{path} is damaged or no checkpoint of this version (commit {OLDER} reads "
                         f"those of the one before)")
@@ -212,9 +199,6 @@ def config_from(state):
     return Config(**state)
 
 
-MODEL = "model.pt"                              # a run to play with, without its checkpoint
-
-
 def export_model(args):
     """--export: a run's weights in bfloat16, its settings and interactions, sealed."""
     models, config, interactions = load_models(args.runs[0], args.device)
@@ -228,9 +212,7 @@ def export_model(args):
 
 
 def load_models(folder, device):
-    """Run folder -> (models with the weights of its newest checkpoint, or else of its model.pt,
-    its settings, interactions so far).
-    """
+    """Run folder -> models as in its newest checkpoint or model.pt, settings, interactions."""
     folder, described = pathlib.Path(folder), {}
     if not os.path.isdir(folder) or (folder / "config.json").exists():
         described = read_config(folder)
@@ -262,6 +244,89 @@ def load_models(folder, device):
 
 
 # --------------------------------------------------------------------------------------------------
+# Playing whole episodes
+# --------------------------------------------------------------------------------------------------
+
+
+class RandomPolicy:
+    """Plays uniformly at random through the same function as a trained policy."""
+    acting = contextlib.nullcontext             # there is nothing to cast
+
+    def __init__(self, num_actions, seed):
+        self.num_actions, self.rng = num_actions, np.random.default_rng(seed)
+
+    def act(self, observations, temperature, state=None):
+        return self.rng.integers(self.num_actions, size=len(observations)), None
+
+
+def real_steps(models, game, seeds, temperature):
+    """Plays one whole real episode for each seed, side by side, by the PROTOCOL; actions sampled
+    from softmax(logits / temperature). Each step yields, for all that still play, (number of the
+    episode, frame uint8 [96, 96], action taken on it, reward, terminated, truncated).
+    """
+    envs = [AtariEnv(game, seed=seed) for seed in seeds]
+    stacks = np.stack([[env.reset()] * 4 for env in envs])                       # [B, 4, 96, 96]
+    playing, state = np.arange(len(envs)), None
+    while len(playing):
+        (actions, state), rows = models.act(stacks[playing], temperature, state), []
+        for i, action in zip(playing, actions):
+            frame, reward, terminated, truncated = envs[i].step(action)
+            rows.append((i, stacks[i, -1].copy(), action, reward, terminated, truncated))
+            stacks[i] = np.concatenate([stacks[i, 1:], frame[None]])
+        yield rows
+        goes_on = np.array([not (terminated or truncated) for *_, terminated, truncated in rows])
+        playing, state = playing[goes_on], still_playing(state, goes_on)
+
+
+def still_playing(state, goes_on):
+    """The dynamics' state (None: there is none) of those episodes, bool [B], that go on."""
+    rows = np.flatnonzero(goes_on)
+    return state and [(h[rows], c[rows]) for h, c in state]
+
+
+def play_episodes(models, game, seeds, temperature, stopped=lambda: False, label="playing"):
+    """Scores of whole real episodes, one for each seed, as a list; None if stopped."""
+    scores = np.zeros(len(seeds))
+    with models.acting(), tqdm(desc=label, unit=" steps", leave=False, disable=not (
+            sys.stderr and sys.stderr.isatty())) as bar:
+        for rows in real_steps(models, game, seeds, temperature):
+            if stopped():
+                return None
+            for i, _, _, reward, _, _ in rows:
+                scores[i] += reward
+            bar.update(len(rows))
+    return scores.tolist()
+
+
+def record(models, game, seeds, temperature, most):
+    """Up to `most` steps of a real episode for each seed -> ExperienceBuffer, one after another."""
+    episodes = [[] for _ in seeds]
+    with models.acting():
+        for step, rows in zip(range(most), real_steps(models, game, seeds, temperature)):
+            for i, *row, truncated in rows:
+                episodes[i].append((*row, truncated or step == most - 1))
+    buffer = ExperienceBuffer(sum(map(len, episodes)))
+    for episode in episodes:
+        buffer.add(*map(np.array, zip(*episode)))
+    return buffer
+
+
+def episode_seeds(seed, numbers):
+    """Of real episodes with these numbers, within what the emulator takes."""
+    return [(seed * 10_000 + i) % 2**31 for i in numbers]
+
+
+def play(models, game, episodes, seed, temperature):
+    """Whole real episodes, eight of them side by side -> list of scores."""
+    torch.manual_seed(seed)
+    scores = []
+    while len(scores) < episodes:
+        numbers = range(len(scores), min(len(scores) + 8, episodes))
+        scores += play_episodes(models, game, episode_seeds(seed, numbers), temperature)
+    return scores
+
+
+# --------------------------------------------------------------------------------------------------
 # Judge: many runs, one table
 # --------------------------------------------------------------------------------------------------
 
@@ -285,9 +350,8 @@ def describe(game, scores):
 
 
 def grouped(runs):
-    """Runs -> list of groups that may be averaged: same game, preset and changed settings; a run
-    that stopped early is one of its own. UserError if a seed is there twice: one run counted as two
-    would make the spread too small.
+    """Runs -> groups that may be averaged: same game, preset and changed settings; a run that
+    stopped early is one of its own. UserError for two of one seed, which vary too little.
     """
     groups, seen = {}, {}
     for run in runs:
@@ -297,15 +361,12 @@ def grouped(runs):
         if twin is not run:
             raise UserError(f"{twin['folder']} and {run['folder']} are the same game, preset and "
                             f"seed; name one of them")
-        stopped = -1 if run["finished"] else run["seed"]
-        groups.setdefault((*key, stopped), []).append(run)
+        groups.setdefault((*key, -1 if run["finished"] else run["seed"]), []).append(run)
     return [sorted(groups[key], key=lambda run: run["seed"]) for key in sorted(groups)]
 
 
 def summary(group):
-    """One row of the table as a dict: statistics over the runs of a group, each run one score.
-    No std where there is a single run, which has none.
-    """
+    """One row of the table as a dict: statistics over the runs of a group, each run one score."""
     first = group[0]
     row = {"game": first["game"], "preset": first["preset"], "changed": first["changed"],
            "seeds": [run["seed"] for run in group], "finished": first["finished"], "over": "seeds",
@@ -315,7 +376,7 @@ def summary(group):
         return row | dict.fromkeys(("mean", "std", "median", "best"))
     row |= statistics([np.mean(run["returns"]) for run in group])
     return row | {"human_normalised": human_normalised(row["game"], row["mean"]),
-                  "std": row["std"] if len(group) > 1 else None}
+                  "std": row["std"] if len(group) > 1 else None}     # a single run has none
 
 
 def interquartile_mean(scores):
@@ -352,14 +413,13 @@ def mark(notes, key, text):
 
 def kind(run, notes, quote=""):
     """The preset of a run, with the mark of a footnote on what differs from it, if anything."""
-    if not run["changed"]:
-        return run["preset"]
-    text = f"{run['preset']} with " + ", ".join(
-        f"{quote}{name}={value}{quote}" for name, value in run["changed"].items())
-    if run["old"]:
-        text = (f"{run['preset']} of an older version (commit 149dcc7 or before), see config.json "
-                f"of {run['folder'].name}")
-    return run["preset"] + mark(notes, json.dumps([run["preset"], run["changed"]]), text)
+    preset, changed = run["preset"], run["changed"]
+    if not changed:
+        return preset
+    text = (f"{preset} of an older version (commit {OLDER} or before), see config.json of "
+            f"{run['folder'].name}" if run["old"] else f"{preset} with " + ", ".join(
+                f"{quote}{name}={value}{quote}" for name, value in changed.items()))
+    return preset + mark(notes, json.dumps([preset, changed]), text)
 
 
 def figure(value, digits=1):
@@ -367,8 +427,8 @@ def figure(value, digits=1):
     return "-" if value is None else f"{round(value, digits) + 0.0:.{digits}f}"
 
 
-def with_std(mean, std):
-    return figure(mean) + ("" if std is None else f" ({std:.1f})")
+def with_std(mean, std, bold=""):
+    return bold + figure(mean) + bold + ("" if std is None else f" ({std:.1f})")
 
 
 def stopped_where(run):
@@ -384,25 +444,24 @@ def stopped_where(run):
 
 
 def ruled(parts, rows, left=0):
-    """A table as lines. parts: {title: the columns below it}; rows: a text for each column, the
-    first `left` of them flush left.
-    """
-    header = [column for columns in parts.values() for column in columns]
-    widths = [max(map(len, column)) for column in zip(header, *rows)]
-    titles, lines, a = [], [[] for _ in range(1 + len(rows))], 0
-    for title, b in zip(parts, np.cumsum([len(columns) for columns in parts.values()])):
-        widths[b - 1] += max(0, len(title) - sum(widths[a:b]) - 2 * (b - a - 1))
-        titles.append(title.ljust(sum(widths[a:b]) + 2 * (b - a - 1)))
-        for line, row in zip(lines, (header, *rows)):
-            line.append("  ".join(row[i].ljust(widths[i]) if i < left else row[i].rjust(widths[i])
-                                  for i in range(a, b)))
-        a = b
-    return [" | ".join(line).rstrip() for line in (titles, *lines)]
+    """A table as lines. parts: {title: columns below it}; rows of texts, the first `left` flush."""
+    lines, first = [[] for _ in range(2 + len(rows))], 0
+    for title, columns in parts.items():
+        block = [columns, *(row[first:first + len(columns)] for row in rows)]
+        widths = [max(map(len, column)) for column in zip(*block)]
+        gaps = 2 * (len(widths) - 1)
+        widths[-1] += max(0, len(title) - sum(widths) - gaps)
+        lines[0].append(title.ljust(sum(widths) + gaps))
+        for line, row in zip(lines[1:], block):
+            line.append("  ".join(f"{text:{'<' if i < left else '>'}{width}}" for i, (text, width)
+                                  in enumerate(zip(row, widths), first)))
+        first += len(columns)
+    return [" | ".join(line).rstrip() for line in lines]
 
 
 def table(groups):
     """Groups of runs -> the text of the table, of its footnotes, of the aggregates and costs."""
-    notes, body, columns = {}, [], ("mean (std)", "median", "best")
+    notes, body, columns, kinds = {}, [], ("mean (std)", "median", "best"), {}
     for group in groups:
         row, first, preset = summary(group), group[0], kind(group[0], notes)
         mean = (with_std(row["mean"], row["std"]) if row["finished"] else
@@ -412,6 +471,9 @@ def table(groups):
                          figure, (row["median"], row["best"], row["human_normalised"]), (1, 1, 3))])
         for published in PUBLISHED.get(row["game"], UNPUBLISHED)[2:]:
             body[-1] += [with_std(*published[:2]), *map(figure, published[2:])]
+        if row["human_normalised"] is not None:
+            kinds.setdefault(preset, {})[row["game"]] = np.array([
+                human_normalised(run["game"], np.mean(run["returns"])) for run in group])
     lines = ruled({"": ("game", "preset", "seeds", "episodes", "interactions"),
                    "ours": (*columns, "human"), "paper, published": columns,
                    "SimPLe, published": columns, "PPO 100K, published": columns[:1]}, body, left=3)
@@ -419,33 +481,28 @@ def table(groups):
     lines.append("Ours: each run is the mean of its episodes; statistics are over runs. human: "
                  "(mean - random) / (human - random).\nPublished: Tables 4 and 5, five runs each.")
 
-    # The aggregates, for each preset alone.
-    kinds = {}
-    for group in groups:
-        if group[0]["finished"] and group[0]["game"] in PUBLISHED:
-            kinds.setdefault(kind(group[0], notes), {})[group[0]["game"]] = np.array([
-                human_normalised(run["game"], np.mean(run["returns"])) for run in group])
-    for name, scores in kinds.items():
-        low, high = bootstrap(list(scores.values()))
+    for name, scores in kinds.items():                  # the aggregates, for each preset alone
+        ours, (low, high) = aggregates(list(scores.values())), bootstrap(list(scores.values()))
         single = ", ".join(game for game, s in scores.items() if len(s) == 1)
-        lines.append(f"human-normalised, {name}, {len(scores)} "
-                     f"game{'s' if len(scores) > 1 else ''}: " + ", ".join(
-            f"{what} {value:.3f}" + ("" if single else f" [{a:.3f}, {b:.3f}]")
-            for what, value, a, b in zip(("mean", "median", "interquartile mean"),
-                                         aggregates(list(scores.values())), low, high))
+        lines.append(
+            f"human-normalised, {name}, {len(scores)} game{'s' if len(scores) > 1 else ''}: "
+            + ", ".join(f"{what} {value:.3f}" + ("" if single else f" [{a:.3f}, {b:.3f}]")
+                        for what, value, a, b in zip(("mean", "median", "interquartile mean"),
+                                                     ours, low, high))
             + (f"; no interval: one run only of {single}" if single
                else "; 95 % stratified bootstrap"))
+        published = {what: [human_normalised(game, PUBLISHED[game][i][0]) for game in scores]
+                     for i, what in ((2, "paper"), (3, "SimPLe"), (4, "PPO 100K"))}
         lines.append("    the same games, published means: " + "; ".join(
-            f"{what} mean {np.mean(s):.3f}, median {np.median(s):.3f}" for what, s in (
-                (what, [human_normalised(game, PUBLISHED[game][i][0]) for game in scores])
-                for i, what in ((2, "paper"), (3, "SimPLe"), (4, "PPO 100K")))))
+            f"{what} mean {np.mean(s):.3f}, median {np.median(s):.3f}"
+            for what, s in published.items()))
     header, rows = costs(groups)
     return "\n".join(lines + ["", *ruled({"": header}, rows, left=1)] * bool(rows))
 
 
 def costs(groups):
     """What the runs took, of those that tell -> header and rows; stages as shares of h:mm:ss."""
-    header, lines = ["run", "h:mm:ss", *STAGES, "peak memory, MB"], []
+    lines = []
     for run in (run for group in groups for run in group):
         rows = read_numbers(run["folder"] / "times.csv", lambda row: set(TIMES) == set(row))
         seconds = [sum(row[stage] for row in rows) for stage in STAGES]
@@ -453,38 +510,38 @@ def costs(groups):
             lines.append([run["folder"].name, clock(whole),
                           *(f"{part / whole:.0%}" for part in seconds),
                           f"{max(row['peak_mb'] for row in rows):,.0f}"])
-    return [name.replace("_", " ") for name in header], lines
+    stages = [stage.replace("_", " ") for stage in STAGES]
+    return ["run", "h:mm:ss", *stages, "peak memory, MB"], lines
 
 
 def markdown(groups):
-    """Groups of runs -> the two tables of results/README.md: scores beside the published ones, and
-    those of the random policy from random.json beside the runs, if there is one; costs.
-    """
-    path, chance, notes = groups[0][0]["folder"].parent / "random.json", {}, {}
-    for row in read_json(path, list) if path.exists() else ():
-        if not (isinstance(row, dict) and isinstance(row.get("game"), str)
-                and is_number(row.get("mean")) and is_number(row.get("std"))):
-            raise UserError(f"{path} is damaged")
-        chance[row["game"]] = row["mean"], row["std"]
-    lines = ["| game | preset | each run, ours (standard error) | mean, ours (std) | "
-             "human-normalised | random, ours | random, published | paper, published | "
-             "SimPLe, published | PPO 100K, published |", "|" + "---|" * 10]
+    """The two tables of results/README.md: scores, also random play's if in random.json; costs."""
+    def lines(header, rows):
+        first, *others = ("| " + " | ".join(row) + " |" for row in (header, *rows))
+        return [first, "|" + "---|" * len(header), *others]
+
+    path, chance, notes, body = groups[0][0]["folder"].parent / "random.json", (), {}, []
+    if path.exists():
+        chance = read_json(path, lambda rows: isinstance(rows, list) and all(
+            isinstance(row, dict) and isinstance(row.get("game"), str)
+            and is_number(row.get("mean")) and is_number(row.get("std")) for row in rows))
+    chance = {row["game"]: (row["mean"], row["std"]) for row in chance}
     for group in groups:
         row, runs, mean = summary(group), "stopped early", "-"
         if row["finished"]:
             runs = ", ".join(with_std(np.mean(r), np.std(r) / len(r)**0.5)
                              for r in (run["returns"] for run in group))
-            mean = f"**{row['mean']:.1f}**" + ("" if row["std"] is None else f" ({row['std']:.1f})")
+            mean = with_std(row["mean"], row["std"], bold="**")
         random, _, paper, simple, ppo = PUBLISHED.get(row["game"], UNPUBLISHED)
-        lines.append("| " + " | ".join((
-            row["game"], kind(group[0], notes, "`"), runs, mean,
-            figure(row["human_normalised"], 3), with_std(*chance.get(row["game"], (None, None))),
-            figure(random), *(with_std(*column[:2]) for column in (paper, simple, ppo)))) + " |")
-    lines += ["", *(f"[{i}] {text}  " for i, text in enumerate(notes.values(), 1))]
-    lines += [""] * bool(notes)
-    header, rows = costs(groups)
-    return "\n".join(lines + ["| " + " | ".join(header) + " |", "|---" * len(header) + "|",
-                              *("| " + " | ".join(row) + " |" for row in rows)])
+        body.append((row["game"], kind(group[0], notes, "`"), runs, mean,
+                     figure(row["human_normalised"], 3),
+                     with_std(*chance.get(row["game"], (None, None))), figure(random),
+                     *(with_std(*column[:2]) for column in (paper, simple, ppo))))
+    scores = lines(("game", "preset", "each run, ours (standard error)", "mean, ours (std)",
+                    "human-normalised", "random, ours", "random, published", "paper, published",
+                    "SimPLe, published", "PPO 100K, published"), body)
+    footnotes = [f"[{i}] {text}  " for i, text in enumerate(notes.values(), 1)]
+    return "\n".join([*scores, "", *(footnotes + [""] if notes else []), *lines(*costs(groups))])
 
 
 def curves(group):
@@ -500,9 +557,7 @@ def curves(group):
 
 @contextlib.contextmanager
 def drawing(path, width, height, dpi=80):
-    """A matplotlib Figure of so many inches, to draw on; it is saved where the `with` block ends.
-    Neither the user's backend nor the user's settings have a say in it.
-    """
+    """A matplotlib Figure of so many inches, free of the user's settings; saved after the block."""
     os.environ["MPLBACKEND"] = "agg"            # one that a notebook names may not be here
     import matplotlib.style
     from matplotlib.figure import Figure
@@ -515,13 +570,11 @@ def drawing(path, width, height, dpi=80):
 
 
 def plot(groups, path):
-    """Figure 4: score against real interactions, one panel a game: the mean over seeds with its
-    standard deviation as a band, published final means as lines; a run that stopped early, or
-    still runs, alone. Of runs of ppo.py the score in training (Figure 5).
-
-    Of several kinds of runs one is drawn: an unchanged preset before others, more before fewer.
+    """Figure 4: score against real interactions, a panel for each game; of runs of ppo.py the score
+    in training (Figure 5). Of several kinds of runs one is drawn: an unchanged preset before
+    others, more before fewer.
     """
-    notes, kinds, panels = {}, {}, {}
+    notes, kinds, panels, entries = {}, {}, {}, {}
     for group in groups:
         if curves(group)[0].size:
             kinds.setdefault(kind(group[0], notes), []).append(group)
@@ -533,29 +586,28 @@ def plot(groups, path):
     title = notes.get(json.dumps([first["preset"], first["changed"]]), f"preset {name}")
     for group in kinds.pop(name):
         panels.setdefault(group[0]["game"], []).append(group)
-    columns = min(len(panels), 3)
-    lines, entries = -(-len(panels) // columns), {}
+    lines, columns = -(-len(panels) // 3), min(len(panels), 3)
     with drawing(path, 4.2 * columns, 3.2 * lines + 0.8, dpi=100) as page:
         page.set_layout_engine("constrained")
         axes = page.subplots(lines, columns, squeeze=False).flatten()
         for ax, (game, groups) in zip(axes, panels.items()):
+            ax.set_title(game)
             for group in groups:
                 (x, scores), n = curves(group), len(group)
                 if not group[0]["finished"]:
                     ax.plot(x, scores.T, ":x", color="0.5", label="stopped early or still runs")
                     continue
                 mean, std = scores.mean(0), scores.std(0)
-                game = f"{group[0]['game']}, {n} seed{'s' if n > 1 else ''}"
+                ax.set_title(f"{game}, {n} seed{'s' if n > 1 else ''}")
                 ax.plot(x, mean, color="k", linewidth=2.5, label="mean over seeds")
                 if n > 1:
                     ax.fill_between(x, mean - std, mean + std, color="0.8",
                                     label="+- standard deviation over seeds")
-            _, _, *published = PUBLISHED.get(group[0]["game"], (None, None))
-            for label, figures, style in zip(("paper", "SimPLe", "PPO 100K"), published, (
-                    (0, (7, 2)), (0, (1, 2)), (0, (5, 2, 1, 2)))):
-                ax.axhline(figures[0], color="k", linestyle=style, linewidth=1.2,
+            for label, figures, dashes in zip(
+                    ("paper", "SimPLe", "PPO 100K"), PUBLISHED.get(game, ())[2:],
+                    ((7, 2), (1, 2), (5, 2, 1, 2))):
+                ax.axhline(figures[0], color="k", linestyle=(0, dashes), linewidth=1.2,
                            label=f"{label}, published final mean")
-            ax.set_title(game)
             ax.grid(alpha=0.3)
             entries |= {label: line for line, label in zip(*ax.get_legend_handles_labels())}
         for ax in axes[len(panels):]:
@@ -569,76 +621,6 @@ def plot(groups, path):
                              if kinds else ""), file=sys.stderr)
 
 
-class RandomPolicy:
-    """Plays uniformly at random through the same function as a trained policy."""
-    acting = contextlib.nullcontext             # there is nothing to cast
-
-    def __init__(self, num_actions, seed):
-        self.num_actions, self.rng = num_actions, np.random.default_rng(seed)
-
-    def act(self, observations, temperature, state=None):
-        return self.rng.integers(self.num_actions, size=len(observations)), None
-
-
-def real_steps(models, game, seeds, temperature):
-    """Plays one whole real episode for each seed, all side by side. A generator: each step yields,
-    for all that still play, (number of the episode, frame uint8 [96, 96], action taken on it,
-    reward, terminated, truncated).
-
-    Up to 30 no-ops, no sticky actions, no life-loss termination, actions sampled from
-    softmax(logits / temperature), the reward as the game counts it.
-    """
-    envs = [AtariEnv(game, seed=seed) for seed in seeds]
-    stacks = np.stack([[env.reset()] * 4 for env in envs])                       # [B, 4, 96, 96]
-    playing, state = np.arange(len(envs)), None
-    while len(playing):
-        (actions, state), rows = models.act(stacks[playing], temperature, state), []
-        for i, action in zip(playing, actions):
-            frame, reward, terminated, truncated = envs[i].step(action)
-            rows.append((i, stacks[i, -1].copy(), action, reward, terminated, truncated))
-            stacks[i] = np.concatenate([stacks[i, 1:], frame[None]])
-        yield rows
-        goes_on = np.array([not (terminated or truncated) for *_, terminated, truncated in rows])
-        playing, state = playing[goes_on], still_playing(state, goes_on)
-
-
-def still_playing(state, goes_on):
-    """The dynamics' state (None: there is none) of those episodes, bool [B], that go on."""
-    if state is None or goes_on.all():
-        return state
-    rows = np.flatnonzero(goes_on)
-    return [(h[rows], c[rows]) for h, c in state]
-
-
-def play_episodes(models, game, seeds, temperature, stopped=lambda: False, label="playing"):
-    """Scores of whole real episodes, one for each seed, as a list; None if stopped."""
-    scores = np.zeros(len(seeds))
-    with models.acting(), tqdm(desc=label, unit=" steps", leave=False, disable=not (
-            sys.stderr and sys.stderr.isatty())) as bar:
-        for rows in real_steps(models, game, seeds, temperature):
-            if stopped():
-                return None
-            for i, _, _, reward, _, _ in rows:
-                scores[i] += reward
-            bar.update(len(rows))
-    return scores.tolist()
-
-
-def episode_seeds(seed, numbers):
-    """Of real episodes with these numbers, within what the emulator takes."""
-    return [(seed * 10_000 + i) % 2**31 for i in numbers]
-
-
-def play(models, game, episodes, seed, temperature):
-    """Whole real episodes, eight of them side by side -> list of scores."""
-    torch.manual_seed(seed)
-    scores = []
-    while len(scores) < episodes:
-        numbers = range(len(scores), min(len(scores) + 8, episodes))
-        scores += play_episodes(models, game, episode_seeds(seed, numbers), temperature)
-    return scores
-
-
 def judge_one(args):
     """Plays episodes with one run's newest checkpoint, or at random, and prints the scores."""
     if args.random:
@@ -650,14 +632,13 @@ def judge_one(args):
         game, preset, seeds = config.game, config.preset, [config.seed]
         what = f"{args.runs[0]}, preset {preset}, seed {config.seed}"
     scores = play(models, game, args.episodes or 32, args.seed, args.temperature)
-    if args.json:
-        print(json.dumps([{
-            "game": game, "preset": preset, "seeds": seeds, "policy": what, "over": "episodes",
-            "episodes": len(scores), "interactions": interactions, "returns": scores,
-            "human_normalised": human_normalised(game, np.mean(scores)), **statistics(scores)}]))
-        return
-    print(f"{what}, after {interactions:,} real interactions\nprotocol: {PROTOCOL}; temperature "
-          f"{args.temperature:g}\n{describe(game, scores)}")
+    print(json.dumps([{
+        "game": game, "preset": preset, "seeds": seeds, "policy": what, "over": "episodes",
+        "episodes": len(scores), "interactions": interactions, "returns": scores,
+        "human_normalised": human_normalised(game, np.mean(scores)), **statistics(scores)}])
+        if args.json else
+        f"{what}, after {interactions:,} real interactions\nprotocol: {PROTOCOL}; temperature "
+        f"{args.temperature:g}\n{describe(game, scores)}")
 
 
 def judge_many(args):
@@ -680,21 +661,7 @@ def judge_many(args):
 
 CONTEXT = 4                                     # observations seen, as in training (released code)
 HORIZONS = (1, 2, 5, 10, 25, 50)                # steps dreamed after them
-
-
-def record(models, game, seeds, temperature, most):
-    """Plays one real episode for each seed, side by side, at most `most` steps of each
-    -> ExperienceBuffer with one episode after the other.
-    """
-    episodes = [[] for _ in seeds]
-    with models.acting():
-        for step, rows in zip(range(most), real_steps(models, game, seeds, temperature)):
-            for i, *row, truncated in rows:
-                episodes[i].append((*row, truncated or step == most - 1))
-    buffer = ExperienceBuffer(sum(map(len, episodes)))
-    for episode in episodes:
-        buffer.add(*map(np.array, zip(*episode)))
-    return buffer
+TEMPERATURES = (0.1, 0.5, 1.0, 1.15, 1.3)       # those of Ha & Schmidhuber, Table 2
 
 
 def moments(models, game, seed):
@@ -707,7 +674,7 @@ def moments(models, game, seed):
 def dream_env(folder, num_envs, steps=50, temperature=None, seed=0, device="cpu"):
     """The dream of the trained run in `folder` as an environment for any agent -> DreamEnv
     (dynamics.py), whose episodes begin at moments of a real one, played for that from `seed`.
-    temperature: of the codes; None: the one at which the run's own policy dreamed.
+    temperature: of the codes; None: at which the run's own policy dreamed.
     """
     models, config, _ = load_models(folder, device)
     temperature = config.temperature if temperature is None else temperature
@@ -717,8 +684,7 @@ def dream_env(folder, num_envs, steps=50, temperature=None, seed=0, device="cpu"
 
 @torch.no_grad()
 def decoded(models, codes, batch=64):
-    """Codes int64 [N, 6, 6] -> the newest frame of each, float32 [N, 96, 96] in [0, 1], on the CPU.
-    """
+    """Codes int64 [N, 6, 6] -> the newest frames, float32 [N, 96, 96] in [0, 1], on the CPU."""
     with models.autocast():
         return torch.cat([models.vqvae.decode(z)[:, -1].float().cpu() for z in codes.split(batch)])
 
@@ -732,6 +698,17 @@ def stretches(buffer, length, most, purpose):
     if not len(starts):
         raise UserError(f"no episode lasted the {length} steps {purpose}")
     return starts[::-(-len(starts) // most), None] + np.arange(length)
+
+
+def dream_along(models, buffer, rows, codes, temperature):
+    """Open loop from the first CONTEXT of the codes int64 [n, L, 6, 6] of these rows, int [n, L],
+    on under the real actions -> codes and rewards, as dynamics.open_loop returns them.
+    """
+    actions = models.to_device(buffer.actions[rows].astype(np.int64))
+    with models.autocast():
+        parts = [open_loop(models.dynamics, models.embed, z, a, CONTEXT, temperature)
+                 for z, a in zip(codes.split(128), actions.split(128))]
+    return [torch.cat(part) for part in zip(*parts)]
 
 
 def fidelity(models, buffer, temperature=1.0, most=256):
@@ -750,17 +727,11 @@ def fidelity(models, buffer, temperature=1.0, most=256):
     reward_recall      share of the game's non-zero rewards that the dream paid, likewise
     rewards_real, rewards_dreamed   how many there were
     """
-    length, frames = CONTEXT + HORIZONS[-1], torch.from_numpy(buffer.frames[:len(buffer)])
-    rows = stretches(buffer, length, most, "that --fidelity needs")                  # [n, L]
+    rows = stretches(buffer, CONTEXT + HORIZONS[-1], most, "that --fidelity needs")  # [n, L]
     real = models.encode_all(buffer)[models.to_device(rows)].long()                # [n, L, 6, 6]
-    actions = models.to_device(buffer.actions[rows].astype(np.int64))
-    with models.autocast():
-        parts = [open_loop(models.dynamics, models.embed, z, a, CONTEXT, temperature)
-                 for z, a in zip(real.split(128), actions.split(128))]
-    dreamed, paid = (torch.cat(part) for part in zip(*parts))
+    dreamed, paid = dream_along(models, buffer, rows, real, temperature)
     paid = paid.cpu().long()                                                         # [n, L - 1]
     true_paid = reward_class(torch.from_numpy(buffer.rewards[rows[:, :-1]])) - 1
-
     pictures = backgrounds(models.to_device(buffer.some_frames())).cpu()
     table, still = [], real[:, CONTEXT - 1]
     still_frames = decoded(models, still)
@@ -768,7 +739,7 @@ def fidelity(models, buffer, temperature=1.0, most=256):
         t = CONTEXT - 1 + k
         row = {"step": k, "code_accuracy": float((dreamed[:, t] == real[:, t]).float().mean()),
                "code_accuracy_still": float((still == real[:, t]).float().mean())}
-        truth = frames[rows[:, t]].float() / 255                                     # [n, 96, 96]
+        truth = torch.from_numpy(buffer.frames[rows[:, t]]).float() / 255            # [n, 96, 96]
         shown = {"": decoded(models, dreamed[:, t]), "_still": still_frames,
                  "_codes": decoded(models, real[:, t])}
         for name, image in shown.items():
@@ -793,33 +764,28 @@ def show_fidelity(args):
     episodes = args.episodes or 4                       # 2,000 steps of each: more is only memory
     buffer = record(models, config.game, episode_seeds(args.seed, range(episodes)), 1.0, 2000)
     count, rows = fidelity(models, buffer, temperature)
-    if args.json:
-        print(json.dumps(rows))
-        return
-    print(f"{args.runs[0]}, after {interactions:,} real interactions\n{count} moments of "
-          f"{episodes} fresh episodes ({len(buffer):,} steps): {CONTEXT} observations seen, then "
-          f"open loop under the real actions, codes drawn at temperature {temperature:g}\n"
-          "still: nothing moves after the last observation seen; codes: the true codes decoded\n")
     three = ["dream", "still", "codes"]
-    print("\n".join(ruled({
-        "": ["step"], "codes right": three[:2], "pixel error, grey levels": three,
-        "foreground error": three,
-        "rewards in steps 1 .. step": ["precision", "recall", "real", "dreamed"]},
-        [[figure(value, 0 if type(value) is int else 2 if "pixel" in name else 3)
-          for name, value in row.items()] for row in rows])))
-
-
-TEMPERATURES = (0.1, 0.5, 1.0, 1.15, 1.3)       # those of Ha & Schmidhuber, Table 2
+    lines = ruled({"": ["step"], "codes right": three[:2], "pixel error, grey levels": three,
+                   "foreground error": three,
+                   "rewards in steps 1 .. step": ["precision", "recall", "real", "dreamed"]},
+                  [[figure(value, 0 if type(value) is int else 2 if "pixel" in name else 3)
+                    for name, value in row.items()] for row in rows])
+    print(json.dumps(rows) if args.json else "\n".join([
+        f"{args.runs[0]}, after {interactions:,} real interactions",
+        f"{count} moments of {episodes} fresh episodes ({len(buffer):,} steps): {CONTEXT} "
+        f"observations seen, then open loop under the real actions, codes drawn at temperature "
+        f"{temperature:g}",
+        "still: nothing moves after the last observation seen; codes: the true codes decoded", "",
+        *lines]))
 
 
 def virtual_scores(models, buffer, steps, most=256):
-    """What this policy is paid, rewards clipped, in the `steps` steps after up to `most` moments of
-    real episodes -> {"real": in the game itself, one of TEMPERATURES: in a dream from there, codes
-    drawn at that temperature}, each float [n].
+    """What this policy is paid, rewards clipped, in so many steps after up to `most` real moments
+    -> {"real": in the game, one of TEMPERATURES: in a dream from there at it}, each float [n].
     """
     rows = stretches(buffer, steps, most, "of a dream")                              # [n, steps]
-    paid = reward_class(torch.from_numpy(buffer.rewards[rows])) - 1
-    (codes, state), scores = models.starts(buffer, rows[:, 0]), {"real": paid.sum(1)}
+    codes, state = models.starts(buffer, rows[:, 0])
+    scores = {"real": (reward_class(torch.from_numpy(buffer.rewards[rows])) - 1).sum(1)}
     for temperature in TEMPERATURES:
         with models.autocast():
             rollout = dream(models.dynamics, models.embed, models.policy, codes, steps,
@@ -836,37 +802,36 @@ def show_sweep(args):
     if not folders:
         raise UserError("none of these runs has a world model to dream in")
     for folder in folders:
-        models, config, interactions = load_models(folder, args.device)
+        models, config, _ = load_models(folder, args.device)
         torch.manual_seed(args.seed)
         episodes, steps = args.episodes or 8, args.steps or config.dream_steps
-        seeds = episode_seeds(args.seed, range(episodes))
-        buffer = record(models, config.game, seeds, 1.0, most=27_000)
+        buffer = record(models, config.game, episode_seeds(args.seed, range(episodes)), 1.0,
+                        most=27_000)
         scores = virtual_scores(models, buffer, steps)
         returns = np.add.reduceat(buffer.rewards, np.unique(buffer.start)).tolist()
-        row = {"run": str(folder), "game": config.game, "preset": config.preset,
-               "seed": config.seed, "trained_at": config.temperature, "steps": steps,
-               "moments": len(scores["real"]), "episodes": episodes,
-               "actual_score": float(np.mean(returns)), "actual_std": float(np.std(returns))}
+        result.append({
+            "run": str(folder), "game": config.game, "preset": config.preset, "seed": config.seed,
+            "trained_at": config.temperature, "steps": steps, "moments": len(scores["real"]),
+            "episodes": episodes, "actual_score": float(np.mean(returns)),
+            "actual_std": float(np.std(returns))})
         for name, score in scores.items():
             name = "actual_steps" if name == "real" else f"virtual_{name}"
-            row |= {name: float(score.mean()), f"{name}_std": float(score.std())}
-        result.append(row)
-    if args.json:
-        print(json.dumps(result))
-        return
-    print("actual: mean score of whole episodes (std). sums: of clipped rewards over so many steps "
-          "from moments of these\nepisodes, mean (std), in the game and in dreams (temperature).\n")
+            result[-1] |= {name: float(score.mean()), f"{name}_std": float(score.std())}
     sums = {"in game": "actual_steps"} | {f"at {t:g}": f"virtual_{t}" for t in TEMPERATURES}
-    print("\n".join(ruled(
-        {"": ["run", "trained at", "actual", "episodes", "steps", "moments"], "sums": list(sums)},
-        [[r["run"], f"{r['trained_at']:g}", with_std(r["actual_score"], r["actual_std"]),
-          str(r["episodes"]), str(r["steps"]), str(r["moments"]),
-          *(f"{r[name]:.2f} ({r[name + '_std']:.2f})" for name in sums.values())]
-         for r in result], left=1)))
+    parts = {"": ["run", "trained at", "actual", "episodes", "steps", "moments"], "sums": sums}
+    lines = ruled(parts, [[
+        r["run"], f"{r['trained_at']:g}", with_std(r["actual_score"], r["actual_std"]),
+        *(str(r[name]) for name in ("episodes", "steps", "moments")),
+        *(f"{r[name]:.2f} ({r[name + '_std']:.2f})" for name in sums.values())]
+        for r in result], left=1)
+    print(json.dumps(result) if args.json else "\n".join([
+        "actual: mean score of whole episodes (std). sums: of clipped rewards over so many steps "
+        "from moments of these", "episodes, mean (std), in the game and in dreams (temperature).",
+        "", *lines]))
 
 
 # --------------------------------------------------------------------------------------------------
-# See: the dream beside the real game, the policy beside what it sees
+# Pictures: the dream beside the real game, the policy beside what it sees, a run in training
 # --------------------------------------------------------------------------------------------------
 
 SIDE = 192                                      # pixels of a panel: each of the game's twice
@@ -877,49 +842,43 @@ def panel(image):
     os.environ["MPLBACKEND"] = "agg"
     import matplotlib
     from PIL import Image, ImageDraw, ImageFont
-    if image.dtype.kind == "f":
-        pixels = np.rint(255 * np.clip(image, 0, 1)).astype(np.uint8)
-        return Image.fromarray(pixels).convert("RGB").resize((SIDE, SIDE), Image.Resampling.NEAREST)
-    colours = matplotlib.colormaps["nipy_spectral"](image / 127)[..., :3]            # [6, 6, 3]
+    codes = image.dtype.kind != "f"
+    colours = (matplotlib.colormaps["nipy_spectral"](image / 127)[..., :3] if codes else
+               np.stack([np.clip(image, 0, 1)] * 3, -1))                             # [H, W, 3]
     picture = Image.fromarray(np.rint(255 * colours).astype(np.uint8)).resize(
         (SIDE, SIDE), Image.Resampling.NEAREST)
     draw, cell = ImageDraw.Draw(picture), SIDE / len(image)
-    font = ImageFont.load_default(cell / 3)
-    for (i, j), code in np.ndenumerate(image):
-        draw.text((cell * (j + 0.5), cell * (i + 0.5)), str(code), anchor="mm", font=font,
+    for (i, j), code in np.ndenumerate(image) if codes else ():
+        draw.text((cell * (j + 0.5), cell * (i + 0.5)), str(code), anchor="mm",
+                  font=ImageFont.load_default(cell / 3),
                   fill="black" if colours[i, j] @ (0.3, 0.6, 0.1) > 0.5 else "white")
     return picture
 
 
 def picture(panels, caption, upright=False):
-    """Panels [(title, image), ...] side by side (upright: one over the other) and a caption below
-    -> PIL image.
-    """
+    """Panels [(title, image), ...] side by side, or upright, a caption below -> PIL image."""
     from PIL import Image, ImageDraw, ImageFont
     bar, gap, n = 20, 6, len(panels)
     across, down = (1, n) if upright else (n, 1)
     page = Image.new("RGB", (across * (SIDE + gap) + gap, down * (SIDE + bar) + bar + gap), "white")
-    draw, font = ImageDraw.Draw(page), ImageFont.load_default(12)
+    draw, look = ImageDraw.Draw(page), dict(anchor="ls", fill="black",
+                                            font=ImageFont.load_default(12))
     for i, (title, image) in enumerate(panels):
-        x = gap + (0 if upright else i * (SIDE + gap))
-        y = i * (SIDE + bar) if upright else 0
-        draw.text((x, y + bar - 4), title, anchor="ls", font=font, fill="black")
+        x, y = (gap, i * (SIDE + bar)) if upright else (gap + i * (SIDE + gap), 0)
+        draw.text((x, y + bar - 4), title, **look)
         page.paste(panel(image), (x, y + bar))
-    draw.text((gap, page.height - 7), caption, anchor="ls", font=font, fill="black")
+    draw.text((gap, page.height - 7), caption, **look)
     return page
 
 
 def save_pictures(path, steps):
-    """Steps [(panels, caption), ...] -> an animation, .gif, 10 steps a second (the game: 15),
-    or a strip of up to 8 of the steps, .png, from left to right.
-    """
+    """Steps [(panels, caption), ...] -> a .gif, 10 a second (the game: 15), or 8 in a .png."""
     from PIL import Image
     data = io.BytesIO()
     shown = np.unique(np.linspace(0, len(steps) - 1, 8).round().astype(int))
     if pathlib.Path(path).suffix.lower() == ".gif":
         pages = [picture(panels, caption) for panels, caption in steps]
-        # One palette for all, taken from some: without, each page has its own, the colours flicker
-        # and the file is twice as large.
+        # One palette for all, taken from some: else colours flicker and the file is twice as large.
         palette = Image.fromarray(np.hstack([np.asarray(pages[i]) for i in shown])).quantize(96)
         pages = [page.quantize(palette=palette, dither=Image.Dither.NONE) for page in pages]
         pages[0].save(data, "GIF", save_all=True, append_images=pages[1:], duration=100, loop=0)
@@ -931,20 +890,15 @@ def save_pictures(path, steps):
 
 
 def dream_pictures(models, buffer, names, steps, temperature, rng):
-    """A stretch of the recorded episode, chosen by rng, in the real game and as the dream goes on
-    from its first 4 observations under the same actions -> steps for save_pictures, from the last
-    one seen on. names: of the actions.
+    """A stretch of the recorded episode, chosen by rng, and the dream along it -> steps for
+    save_pictures, from the last observation seen on. names: of the actions.
     """
     steps = min(steps, len(buffer) - CONTEXT)
     if steps < 1:
         raise UserError("the episode was over before a dream could begin; try another --seed")
-    start = int(rng.integers(len(buffer) - CONTEXT - steps + 1))
-    rows = np.arange(start, start + CONTEXT + steps)
-    actions = models.to_device(buffer.actions[rows].astype(np.int64))
+    rows = rng.integers(len(buffer) - CONTEXT - steps + 1) + np.arange(CONTEXT + steps)
     real = models.encode_all(buffer)[models.to_device(rows)].long()
-    with models.autocast():
-        dreamed, rewards = open_loop(models.dynamics, models.embed, real[None], actions[None],
-                                     CONTEXT, temperature)
+    dreamed, rewards = dream_along(models, buffer, rows[None], real[None], temperature)
     images, maps = decoded(models, dreamed[0]).numpy(), dreamed[0].cpu().numpy()
     # The reward r_{t-1} comes with o_t; it is written over the picture of o_t.
     paid = np.array([buffer.rewards[rows[:-1]], rewards[0].cpu().numpy()])           # [2, L - 1]
@@ -972,22 +926,16 @@ def video_pictures(models, buffer, names):
 def show_pictures(args):
     """--dream and --video: plays one real episode and saves pictures of it."""
     models, config, _ = load_models(args.runs[0], args.device)
-    names = AtariEnv(config.game).action_meanings
+    names, steps = AtariEnv(config.game).action_meanings, args.steps or (50 if args.dream else 200)
     torch.manual_seed(args.seed)
-    if args.dream:
-        # The dream begins at a random moment of the first 300 steps or so.
-        steps, rng = args.steps or 50, np.random.default_rng(args.seed)
+    if args.dream:                  # which begins at a random moment of the first 300 steps or so
         buffer = record(models, config.game, [args.seed], 1.0, CONTEXT + steps + 300)
-        save_pictures(args.dream, dream_pictures(
-            models, buffer, names, steps, args.temperature or config.temperature, rng))
+        pictures = dream_pictures(models, buffer, names, steps, args.temperature
+                                  or config.temperature, np.random.default_rng(args.seed))
     else:
-        buffer = record(models, config.game, [args.seed], args.temperature, args.steps or 200)
-        save_pictures(args.video, video_pictures(models, buffer, names))
-
-
-# --------------------------------------------------------------------------------------------------
-# The pictures of training
-# --------------------------------------------------------------------------------------------------
+        buffer = record(models, config.game, [args.seed], args.temperature, steps)
+        pictures = video_pictures(models, buffer, names)
+    save_pictures(args.dream or args.video, pictures)
 
 
 @contextlib.contextmanager
@@ -1003,16 +951,16 @@ def or_warning(path):
 def report(run):
     """One line for the round just finished, and the curves of all of them."""
     row = run.rows[-1]
-    parts = [f"{row['iteration']:2d}/{run.config.iterations}", f"{row['interactions']:6d} steps"]
-    for name, label, form in (
-            ("elbo", "elbo", ".0f"), ("foreground_error", "fg", ".2f"),
-            ("perplexity", "perplexity", ".0f"), ("code_loss", "code loss", ".3f"),
-            ("code_accuracy", "acc", ".3f"), ("reward_loss", "reward loss", ".4f"),
-            ("entropy", "entropy", ".2f"), ("dream_return", "dream return", ".3f"),
-            ("collect_return", "collected", ".1f"), ("real_return", "real return", ".1f")):
-        if name in row:
-            parts.append(f"{label} {row[name]:{form}}")
-    say("  ".join(parts) + f"  | {clock(sum(sum(t[s] for s in STAGES) for t in run.times))}")
+    figures = [f"{label} {row[name]:{form}}" for name, label, form in (
+        ("elbo", "elbo", ".0f"), ("foreground_error", "fg", ".2f"),
+        ("perplexity", "perplexity", ".0f"), ("code_loss", "code loss", ".3f"),
+        ("code_accuracy", "acc", ".3f"), ("reward_loss", "reward loss", ".4f"),
+        ("entropy", "entropy", ".2f"), ("dream_return", "dream return", ".3f"),
+        ("collect_return", "collected", ".1f"), ("real_return", "real return", ".1f"))
+        if name in row]
+    seconds = sum(sum(times[stage] for stage in STAGES) for times in run.times)
+    say("  ".join([f"{row['iteration']:2d}/{run.config.iterations}",
+                   f"{row['interactions']:6d} steps", *figures]) + f"  | {clock(seconds)}")
     progress_picture(run)
 
 
@@ -1040,9 +988,7 @@ def progress_picture(run):
 
 @torch.no_grad()
 def world_model_picture(run):
-    """world_model_<iteration>.png from the newest experience
-    -> foreground error on 256 of its observations.
-    """
+    """world_model_<iteration>.png -> foreground error on 256 of the newest observations."""
     models, buffer, rng = run.models, run.buffer, run.numpy_rng(0, 0, 0)
     start = len(buffer) - work(run.config, run.iteration)["collect"]
     rows = rng.integers(start, len(buffer), size=256)
@@ -1057,18 +1003,16 @@ def world_model_picture(run):
     inside = [s for s in starts if not buffer.ends[s:s + length - 1].any()] or [starts[0]]
     motion = [buffer.frames[s:s + length].astype(np.float32).std(0).mean() for s in inside]
     rows = np.arange(length) + inside[int(np.argmax(motion))]
-    with run.other_dice(int(rows[0])), models.autocast():
-        codes = models.vqvae.encode(models.observations(buffer, rows))
-        actions = models.to_device(buffer.actions[rows].astype(np.int64))
-        dreamed = open_loop(models.dynamics, models.embed, codes[None], actions[None], CONTEXT,
-                            run.config.temperature)[0][0]
-        images = [models.vqvae.decode(z)[:, -1].cpu().numpy() for z in (codes, dreamed)]
+    with run.other_dice(int(rows[0])):
+        with models.autocast():
+            codes = models.vqvae.encode(models.observations(buffer, rows))
+        dreamed = dream_along(models, buffer, rows[None], codes[None], run.config.temperature)[0][0]
 
     shown, path = range(0, length, 3), run.folder / f"world_model_{run.iteration + 1:02d}.png"
-    grey, colours = dict(cmap="gray", vmin=0), dict(cmap="nipy_spectral", vmin=0, vmax=127)
+    grey, colours = dict(cmap="gray", vmin=0, vmax=1), dict(cmap="nipy_spectral", vmin=0, vmax=127)
     strips = (("real", buffer.frames[rows], grey | {"vmax": 255}),
-              ("reconstructed", images[0], grey | {"vmax": 1}), ("its codes", codes.cpu(), colours),
-              ("dreamed", images[1], grey | {"vmax": 1}), ("its codes", dreamed.cpu(), colours))
+              ("reconstructed", decoded(models, codes), grey), ("its codes", codes.cpu(), colours),
+              ("dreamed", decoded(models, dreamed), grey), ("its codes", dreamed.cpu(), colours))
     with or_warning(path), drawing(path, 1.35 * len(shown), 7.2) as page:
         axes = page.subplots(5, len(shown), squeeze=False)
         for strip, (label, pictures, look) in zip(axes, strips):
@@ -1090,20 +1034,17 @@ def world_model_picture(run):
 
 
 def action_of(held, names):
-    """Keys held down -> number of the game's action. names: as AtariEnv.action_meanings.
-    up + right + f -> UPRIGHTFIRE; what the game does not have is left out, fire first. A game that
-    knows no UP takes up for RIGHT and down for LEFT: that is how Pong's paddle moves.
+    """Keys held down -> number of the game's action: up + right + f -> UPRIGHTFIRE, without what a
+    game does not have. Where there is no UP, as in Pong, up is RIGHT and down LEFT.
     """
     if not any(name.startswith("UP") for name in names):
         held = {{"up": "right", "down": "left"}.get(key, key) for key in held}
     vertical = "UP" if "up" in held else "DOWN" if "down" in held else ""
     across = "RIGHT" if "right" in held else "LEFT" if "left" in held else ""
     fire = "FIRE" if held & {"f", "enter"} else ""
-    for name in (vertical + across + fire, vertical + across, across + fire, vertical + fire,
-                 across, vertical, fire):
-        if name in names:
-            return names.index(name)
-    return 0                                            # NOOP
+    wanted = (vertical + across + fire, vertical + across, across + fire, vertical + fire, across,
+              vertical, fire, "NOOP")
+    return names.index(next(name for name in wanted if name in names))
 
 
 class Player:
@@ -1125,8 +1066,8 @@ class Player:
             ax.axis("off")
         self.caption = figure.suptitle("")
         figure.text(0.5, 0.02, self.HELP, ha="center", fontsize=8)
-        figure.canvas.mpl_connect("key_press_event", self.press)
-        figure.canvas.mpl_connect("key_release_event", lambda event: self.held.discard(key(event)))
+        for event in ("key_press_event", "key_release_event"):
+            figure.canvas.mpl_connect(event, self.on_key)
         self.restart(seed)
 
     def restart(self, seed=None):
@@ -1135,17 +1076,21 @@ class Player:
         self.score, self.step, self.action = 0.0, 0, 0
         self.show()
 
-    def press(self, event):
-        pressed = key(event)
-        if pressed == "r":
+    def on_key(self, event):
+        """A key goes down or up; which, without shift and its like, in lower case."""
+        key = (event.key or "").lower().split("+")[-1]
+        if event.name == "key_release_event":
+            self.held.discard(key)
+            return
+        if key == "r":
             self.restart()
-        elif pressed in ("t", "g"):
-            factor = 1.1 if pressed == "t" else 1 / 1.1
+        elif key in ("t", "g"):
+            factor = 1.1 if key == "t" else 1 / 1.1
             self.env.temperature = min(max(self.env.temperature * factor, 0.05), 20)
-        elif pressed == " ":
+        elif key == " ":
             self.by_policy = not self.by_policy
         else:
-            self.held.add(pressed)
+            self.held.add(key)
         self.show()
 
     @torch.no_grad()
@@ -1173,11 +1118,6 @@ class Player:
             f"temperature {self.env.temperature:.2f}   "
             f"{'the policy plays' if self.by_policy else 'you play'}{self.last}")
         self.figure.canvas.draw_idle()
-
-
-def key(event):
-    """The key of a matplotlib event, without shift and its like, in lower case."""
-    return (event.key or "").lower().split("+")[-1]
 
 
 def show_play(args):
