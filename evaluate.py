@@ -380,11 +380,9 @@ def summary(group):
 
 
 def interquartile_mean(scores):
-    """Mean of the middle half along the last axis, a quarter (rounded down) cut at either end
-    (Agarwal et al., 2021). For 1 2 3 4 9: (2 + 3 + 4) / 3 = 3.
-    """
-    cut, n = scores.shape[-1] // 4, scores.shape[-1]
-    return np.sort(scores, -1)[..., cut:n - cut].mean(-1)
+    """Of the middle half (Agarwal et al., 2021) along the last axis. 1 2 3 4 9: (2 + 3 + 4) / 3."""
+    cut = scores.shape[-1] // 4                         # at either end, rounded down
+    return np.sort(scores, -1)[..., cut:scores.shape[-1] - cut].mean(-1)
 
 
 def aggregates(scores):
@@ -397,9 +395,7 @@ def aggregates(scores):
 
 
 def bootstrap(scores, resamples=10_000, seed=0):
-    """95 % interval of each of the aggregates of [runs] for each game, float [2, 3] (low, high).
-    Stratified: runs are drawn with replacement within each game (Agarwal et al., 2021).
-    """
+    """95 % interval of each aggregate, float [2, 3] (low, high), runs redrawn within each game."""
     rng = np.random.default_rng(seed)
     drawn = [s[rng.integers(len(s), size=(resamples, len(s)))] for s in scores]     # [R, runs]
     return np.percentile(aggregates(drawn), [2.5, 97.5], axis=0)
@@ -674,7 +670,7 @@ def moments(models, game, seed):
 def dream_env(folder, num_envs, steps=50, temperature=None, seed=0, device="cpu"):
     """The dream of the trained run in `folder` as an environment for any agent -> DreamEnv
     (dynamics.py), whose episodes begin at moments of a real one, played for that from `seed`.
-    temperature: of the codes; None: at which the run's own policy dreamed.
+    temperature: of the codes; None: the one at which the run's own policy dreamed.
     """
     models, config, _ = load_models(folder, device)
     temperature = config.temperature if temperature is None else temperature
@@ -716,12 +712,10 @@ def fidelity(models, buffer, temperature=1.0, most=256):
     for each of HORIZONS; UserError if no episode is long enough):
 
     step               k, steps dreamed after the last of 4 observations
-    code_accuracy      share of the 36 codes that are the real observation's own, in step k;
-                       _still: if nothing moved since the last observation
-    pixel_error        root mean square, in grey levels of 0 .. 255, of decoded minus real frame;
-                       _still: the last observation's codes; _codes: the true codes decoded, what a
-                       perfect dynamics would get
-    foreground_error   the same three on what moves (vqvae.py): 0 perfect, 1 background only
+    code_accuracy      share of the 36 codes in step k that are the real observation's own
+    pixel_error        root mean square of decoded minus real frame, in grey levels of 0 .. 255
+    foreground_error   the same on what moves (vqvae.py): 0 perfect, 1 background only
+    .._still, .._codes the same for the last observation seen; for the true codes, decoded
     reward_precision   share of the dream's non-zero rewards in steps 1 .. k that the game paid too,
                        in the same step with the same sign; None where there were none
     reward_recall      share of the game's non-zero rewards that the dream paid, likewise
@@ -1007,12 +1001,13 @@ def world_model_picture(run):
         with models.autocast():
             codes = models.vqvae.encode(models.observations(buffer, rows))
         dreamed = dream_along(models, buffer, rows[None], codes[None], run.config.temperature)[0][0]
+    images = [decoded(models, z).numpy() for z in (codes, dreamed)]
 
     shown, path = range(0, length, 3), run.folder / f"world_model_{run.iteration + 1:02d}.png"
     grey, colours = dict(cmap="gray", vmin=0, vmax=1), dict(cmap="nipy_spectral", vmin=0, vmax=127)
     strips = (("real", buffer.frames[rows], grey | {"vmax": 255}),
-              ("reconstructed", decoded(models, codes), grey), ("its codes", codes.cpu(), colours),
-              ("dreamed", decoded(models, dreamed), grey), ("its codes", dreamed.cpu(), colours))
+              ("reconstructed", images[0], grey), ("its codes", codes.cpu(), colours),
+              ("dreamed", images[1], grey), ("its codes", dreamed.cpu(), colours))
     with or_warning(path), drawing(path, 1.35 * len(shown), 7.2) as page:
         axes = page.subplots(5, len(shown), squeeze=False)
         for strip, (label, pictures, look) in zip(axes, strips):
@@ -1145,6 +1140,10 @@ def show_play(args):
 # The command line
 # --------------------------------------------------------------------------------------------------
 
+# What a flag of this name does; without any of them runs are judged.
+ACTS = {"random": judge_one, "fidelity": show_fidelity, "sweep_temperature": show_sweep,
+        "dream": show_pictures, "video": show_pictures, "play": show_play, "export": export_model}
+
 
 def parse(arguments):
     parser = argparse.ArgumentParser(
@@ -1184,8 +1183,7 @@ def check_flags(args, named):
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
             raise UserError(f"--{name} must lie in {low} .. {high}, not {value}")
-    acts = [name for name in ("random", "fidelity", "sweep_temperature", "dream", "video", "play",
-                              "export") if getattr(args, name)]
+    acts = [name for name in ACTS if getattr(args, name)]
     tables = [name for name in ("plot", "markdown") if getattr(args, name)]
     if len(acts) > 1 or acts and tables or args.json and args.markdown:
         names = acts + tables if acts else ["json", "markdown"]
@@ -1223,11 +1221,9 @@ def main(arguments=None):
         check_flags(args, named)
         if not (args.fidelity or args.dream or args.play):      # which have the run's own instead
             args.temperature = args.temperature or 1.0
-        show = (show_fidelity if args.fidelity else show_sweep if args.sweep_temperature else
-                show_play if args.play else show_pictures if args.dream or args.video else
-                export_model if args.export else judge_one if args.random or args.episodes
-                and len(args.runs) == 1 and not (args.plot or args.markdown) else judge_many)
-        show(args)
+        one = args.episodes and len(args.runs) == 1 and not (args.plot or args.markdown)
+        acts = [act for name, act in ACTS.items() if getattr(args, name)]
+        (acts or [judge_one if one else judge_many])[0](args)
     except (UserError, ValueError, MemoryError) as error:
         sys.exit(f"error: {error}")
 
