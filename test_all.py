@@ -3144,8 +3144,9 @@ def test_dreams_are_shown_as_the_policy_dreamed_them(smoke, tmp_path, monkeypatc
     models, config, _ = evaluate.load_models(smoke, "cpu")
     config.temperature, used = 0.7, []
     monkeypatch.setattr(evaluate, "load_models", lambda folder, device: (models, config, 0))
-    plain = evaluate.open_loop
+    plain, record = evaluate.open_loop, evaluate.record
     monkeypatch.setattr(evaluate, "open_loop", lambda *a: used.append(a[5]) or plain(*a))
+    monkeypatch.setattr(evaluate, "record", lambda *given, most=0: record(*given[:4], 70))
     for given, expected in ([], 0.7), (["--temperature", "1.3"], 1.3):
         used.clear()
         evaluate.main(["run", "--dream", str(tmp_path / "a.png"), "--steps", "2", *given])
