@@ -1,5 +1,5 @@
-"""CarRacing seen by a fast camera: gymnasium's car, track, rewards and end, the paper's 64x64 picture
-(Section 3).
+"""CarRacing seen by a fast camera: the same car, tracks, rewards and ends, the 64x64 picture drawn
+directly (Section 3).
 
 gymnasium draws a window of 1000x800 pixels for every step and shrinks it to 96x96; the paper cuts
 the bar of indicators off (rows 84 to 95) and shrinks the rest to 64x64. Drawing takes 97 % of the
@@ -96,7 +96,7 @@ class CarRacing(car_racing.CarRacing):
             cells[y0:y1, x0:x1][inside(polygon, x, y)] = number
         for i, tile in enumerate(self.road):
             self.palette[TILE + i] = np.floor(tile.color)
-            tile.color = self.palette[TILE + i]         # gymnasium recolours a visited tile in place
+            tile.color = self.palette[TILE + i]         # which gymnasium recolours in place
         self.map, self.mapped = cells.ravel(), self.road
 
     def _ground(self, zoom, s):
