@@ -116,6 +116,7 @@ def unpack(config, weights):
     with torch.device("meta"):                          # no time lost on initial weights
         v, m = new_models(config)
     v.load_state_dict(state["V"], strict=False, assign=True)
+    v.encoder.to(memory_format=torch.channels_last)     # as frames are: a fifth faster
     m.load_state_dict(state["M"], assign=True)
     return v, m, state["starts"]
 

@@ -10,9 +10,9 @@
                       [look at it]     [held-out likelihood,          the road, Doom's in dreams
                                         Doom: dreamed survival]
 
-In brackets are gates: a bad V cannot be repaired by a good C. Look at vae.png. An M that predicts no
-better than "the next z is this z", or whose dreams are easier or harder to survive than the game,
-stops the run with one line. The folder of a run:
+In brackets are the gates: a bad V cannot be repaired by a good C. Look at vae.png. An M that
+predicts no better than "the next z is this z", or whose dreams are easier or harder to survive than
+the game, stops the run with one line. The folder of a run:
 
     runs/car-small-s0/
         config.json      all settings              metrics.csv   all figures   curves.png
@@ -35,7 +35,6 @@ import math
 import multiprocessing
 import os
 import pathlib
-import shutil
 import signal
 import sys
 import threading
@@ -78,7 +77,7 @@ class Config:
     models: str = setting("", "a run whose V and M to take over: only C is evolved")
 
     rollouts: int = setting(320, "1: random rollouts; paper: 10,000")
-    rollout_steps: int = setting(300, "their longest length; paper: 1000, but a lost car stays lost")
+    rollout_steps: int = setting(300, "their longest length; paper: 1000, of a car long lost")
     steps: int = setting(1000, "longest rollout of C; paper: 1000 (car), 2100 (Doom)")
     vae_updates: int = setting(3500, "2: updates of V; paper: one pass")
     vae_batch: int = setting(32, "frames per update; code: 100")
@@ -220,7 +219,7 @@ class Run:
         path, kind = self.folder / "rollouts.bin", record_type(self.config)
         if not path.exists() or path.stat().st_size != self.state["records"] * kind.itemsize:
             raise UserError(f"{path} is missing or not whole: start the run anew")
-        data = np.memmap(path, kind, "r")
+        data = np.memmap(path, kind, "c")
         firsts = np.flatnonzero(data["first"])
         return data, firsts, firsts[-max(1, len(firsts) // 20)]
 
@@ -392,8 +391,8 @@ def learn_m(run, pool):
               f"dreams, {real.mean():.0f} +- {real.std():.0f} in the game: {error:+.0%}")
     if not passed and c.gate < math.inf:
         run.save()
-        raise UserError("M does not pass its gate: no controller is evolved on it. Train it longer: "
-                        f"--resume {run.folder} --m_updates {2 * c.m_updates}   (or --gate inf)")
+        raise UserError("M does not pass its gate: no controller is evolved on it. Train it longer"
+                        f": --resume {run.folder} --m_updates {2 * c.m_updates}   (or --gate inf)")
 
 
 def evolve_c(run, pool):
@@ -418,8 +417,9 @@ def evolve_c(run, pool):
         if es.generation % c.eval_every == 0 or es.generation == c.generations:
             # The actual score of the mean, always from the same seeds, which nothing is evolved on.
             seeds = [seed_of(c.seed, ACTUAL, i) for i in range(c.eval_rollouts)]
-            actual = np.concatenate(list(pool.map(play, repeat(c), repeat(weights), repeat(es.mean),
-                                                  [seeds[i::4] for i in range(min(4, len(seeds)))])))
+            fours = [seeds[i:i + 4] for i in range(0, len(seeds), 4)]
+            actual = np.concatenate(list(pool.map(play, repeat(c), repeat(weights),
+                                                  repeat(es.mean), fours)))
             row |= dict(actual=actual.mean(), actual_std=actual.std())
             # The car keeps its best mean. Doom keeps the last: the game judges, it does not choose.
             if c.task == "doom" or actual.mean() > state.get("best_actual", -math.inf):
@@ -445,38 +445,34 @@ def train(run, pool):
 
 
 def estimate(run):
-    """Seconds each unfinished stage will take here, measured on a few steps of each."""
-    c, state, result = run.config, run.state, {}
-    quick = dataclasses.replace(c, steps=25, rollout_steps=100)
+    """Minutes for each stage that is left, measured here on a few steps of each."""
+    c, state, minutes = run.config, run.state, {}
+    doom, few = c.task == "doom", dataclasses.replace(c, steps=25, rollout_steps=100)
     v, m = new_models(c)
-    x = torch.randint(255, (c.vae_batch, 64, 64, 3), dtype=torch.uint8)
-    z = torch.randn(c.m_batch, c.m_steps, v.z_size)
-    a, no = z[..., :m.action_size].clamp(-1, 1), torch.zeros(z.shape[:2])
-    weights = pack(dict(V=v.state_dict(), M=m.state_dict(), starts=torch.zeros(1, 2, v.z_size)))
-    mean_steps = (0.15 if c.task == "doom" else 1) * c.rollout_steps, (
-        0.4 if c.task == "doom" else 1) * c.steps       # Doom's players die sooner
+    x = torch.zeros(c.vae_batch, 64, 64, 3, dtype=torch.uint8)
+    z = torch.zeros(c.m_batch, c.m_steps, v.z_size)
+    weights = pack(dict(V=v.state_dict(), M=m.state_dict(), starts=z[:1, :2]))
+    job = few, weights, np.zeros(new_controller(c).size), list(range(c.trials))
+    # How often, times how much longer than what is measured. Doom's players die early: a guess.
+    stages = {
+        "rollouts": (c.rollouts, (0.15 if doom else 1) * c.rollout_steps / 100 / c.workers,
+                     lambda: random_rollout(few, 0)),
+        "V": (c.vae_updates, 1, lambda: v.loss(x)[0].backward()),
+        "M": (c.m_updates, 1,
+              lambda: m.loss(z, z[..., :m.action_size], z, z[..., 0])[0].backward()),
+        "C": (c.generations, (0.4 if doom else 1) * c.steps / 25 * c.population / c.workers,
+              lambda: (dream if doom else play)(*job)), "done": None}
     threads = torch.get_num_threads()
-
-    def seconds(job):
-        job()
-        start = time.perf_counter()
-        job()
-        return time.perf_counter() - start
-
-    theta = np.zeros(new_controller(c).size)
-    for stage, total, job in (
-            ("rollouts", c.rollouts * mean_steps[0] / c.workers / 100,
-             lambda: random_rollout(quick, 0)),
-            ("V", c.vae_updates, lambda: v.loss(x)[0].backward()),
-            ("M", c.m_updates, lambda: m.loss(z, a, z, no, no)[0].backward()),
-            ("C", c.generations * c.population * mean_steps[1] / c.workers / 25, lambda: (
-                dream if c.task == "doom" else play)(quick, weights, theta, list(range(c.trials))))):
-        left = {"rollouts": c.rollouts, "V": c.vae_updates, "M": c.m_updates, "C": c.generations}
-        if list(left).index(stage) >= (list(left) + ["done"]).index(state["stage"]):
-            begun = state["update"] / left[stage] if stage == state["stage"] else 0
-            result[stage] = seconds(job) * total * (1 - begun)
-    torch.set_num_threads(threads)                      # rollouts have set it to 1
-    return result
+    for stage in list(stages)[list(stages).index(state["stage"]):-1]:
+        count, factor, job_of_stage = stages[stage]
+        for _ in range(2):                              # the first time warms up
+            start = time.perf_counter()
+            job_of_stage()
+            seconds = time.perf_counter() - start
+        count -= state["update"] if stage == state["stage"] else 0
+        minutes[stage] = seconds * factor * count / 60
+    torch.set_num_threads(threads)                      # rollouts set it to 1
+    return minutes
 
 
 def parse(arguments):
@@ -497,17 +493,16 @@ def start(arguments):
     if folder is not None:
         folder = pathlib.Path(folder)
         state = read_checkpoint(folder)
-        refused = [k for k, v in given.items() if k not in MAY_CHANGE and v != state["config"][k]]
-        if refused:
-            raise UserError(f"--{refused[0]} cannot change when a run goes on; start a new one")
-        config = Config(**state["config"] | given)
+        for name in given:
+            if name not in MAY_CHANGE and given[name] != state["config"][name]:
+                raise UserError(f"--{name} cannot change when a run goes on; start a new one")
+        c = Config(**state["config"] | given)
     else:
-        preset = given.get("preset", "small"), given.get("task")
+        preset, state = (given.get("preset", "small"), given.get("task")), None
         if preset not in PRESETS:
             raise UserError("--task is car or doom, --preset is small, paper or smoke")
-        config, state = Config(**PRESETS[preset] | given), None
-    c = config
-    if c.reads not in ("zh", "z", "z40") or (c.task == "doom" and c.reads != "zh"):
+        c = Config(**PRESETS[preset] | given)
+    if c.reads not in (("zh", "z", "z40") if c.task == "car" else ("zh",)):
         raise UserError("--reads is zh, for the car also z or z40")
     for f in dataclasses.fields(c):
         low = {"seed": 0, "population": 4, "rollouts": 2}.get(f.name, 1 if f.type is int else 1e-9)
@@ -516,49 +511,46 @@ def start(arguments):
     try:
         make_env(c, c.steps).close()
     except ImportError as error:
-        raise UserError(f"{str(error).strip().splitlines()[0]}   (or all that is needed: pip "
-                        f"install -r {HERE.name}/requirements.txt)") from None
+        raise UserError(f"{str(error).strip().splitlines()[0]}; or all that is needed: pip install "
+                        f"-r {HERE.name}/requirements.txt") from None
     if state is not None:
         return Run(c, folder, state)
 
-    variant = ("" if c.reads == "zh" else f"-{c.reads}") + (
-        "" if c.task == "car" or c.temperature == 1.15 else f"-tau{c.temperature:.2f}")
-    folder = pathlib.Path(c.out) / f"{c.task}-{c.preset}-s{c.seed}{variant}"
-    if folder.exists() and any(folder.glob("checkpoint*.pt")):
-        raise UserError(f"{folder} already holds a run: go on with --resume {folder}, or choose "
-                        "another --out or --seed")
-    run = Run(c, folder)
+    name = f"{c.task}-{c.preset}-s{c.seed}" + (f"-{c.reads}" if c.reads != "zh" else "")
+    if c.temperature != Config.temperature:
+        name += f"-tau{c.temperature:.2f}"
+    run = Run(c, pathlib.Path(c.out) / name)
+    if any(run.folder.glob("checkpoint*.pt")):
+        raise UserError(f"{run.folder} already holds a run: go on with --resume {run.folder}, or "
+                        "choose another --out or --seed")
     if c.models:
         other = read_checkpoint(pathlib.Path(c.models))
         if other["config"]["task"] != c.task or other["stage"] not in ("C", "done"):
             raise UserError(f"{c.models} holds no finished V and M for --task {c.task}")
-        run.state.update(stage="C", **{name: other[name] for name in ("V", "M", "starts")})
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "config.json", json.dumps(dataclasses.asdict(c), indent=1).encode())
-    need, free = c.rollouts * c.rollout_steps * 12_300 * (not c.models), shutil.disk_usage(folder)
-    if free.free < need:
-        raise UserError(f"{folder} has {free.free / 1e9:.1f} GB free, random rollouts may take "
-                        f"{need / 1e9:.1f} GB: make room or choose another --out")
+        run.state.update(stage="C", **{part: other[part] for part in ("V", "M", "starts")})
+    run.folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(run.folder / "config.json",
+                     json.dumps(dataclasses.asdict(c), indent=1).encode())
     run.save()
     return run
 
 
+def stop(*_):
+    raise KeyboardInterrupt
+
+
 def main(arguments=None):
     """-> exit status."""
-    run = None
-
-    def stop(*_):
-        raise KeyboardInterrupt
-
+    run = pool = None
     signal.signal(signal.SIGTERM, stop)
     try:
         run = start(arguments)
-        parts = estimate(run)
-        total, minutes = sum(parts.values()) / 60, {k: f"{v / 60:.0f}" for k, v in parts.items()}
-        print(f"{run.config.task}, preset {run.config.preset}, into {run.folder}: about "
-              f"{total:.0f} minutes" + (" (" if parts else "") + ", ".join(
-                  f"{k} {v}" for k, v in minutes.items()) + (")" if parts else ""), flush=True)
-        train(run, open_pool(run.config))
+        minutes = estimate(run)
+        print(f"{run.config.task}, preset {run.config.preset}, into {run.folder}: "
+              f"about {sum(minutes.values()):.0f} minutes to go "
+              f"({', '.join(f'{stage} {m:.1f}' for stage, m in minutes.items())})", flush=True)
+        pool = open_pool(run.config)
+        train(run, pool)
         print(f"done: python {HERE.name}/evaluate.py {run.folder}")
         return 0
     except UserError as error:
@@ -569,14 +561,17 @@ def main(arguments=None):
         message = "a worker died, perhaps for want of memory: try fewer --workers"
     except OSError as error:
         message = f"{error.filename or (run and run.folder) or ''}: {error.strerror or error}"
-    again = f"; go on with --resume {run.folder}" if run and "--resume" not in message else ""
-    print(f"error: {message}{again}", file=sys.stderr)
+    finally:
+        for worker in multiprocessing.active_children():
+            worker.terminate()
+        if pool is not None:
+            pool.shutdown(cancel_futures=True)
+    if run is not None and "--resume" not in message:
+        message += f"; go on with --resume {run.folder}"
+    print(f"error: {message}", file=sys.stderr)
     return 1
 
 
 if __name__ == "__main__":
-    # Workers look functions up in the module `train`, so that is where they have to live.
-    import train
-    status = train.main()
-    sys.stdout.flush()
-    os._exit(status)                                    # now: without waiting for rollouts
+    import train                                        # where workers will look functions up
+    sys.exit(train.main())
