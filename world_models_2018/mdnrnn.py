@@ -139,14 +139,13 @@ def sample(log_pi, mean, log_std, temperature=1.0, generator=None):
     temperature tau > 0: pi from the logits divided by tau, the noise times sqrt(tau).
     generator: of the random numbers; torch's own if None.
     """
-    def random(make):
-        return make(mean.shape[:-1], device=mean.device, dtype=mean.dtype, generator=generator)
-
+    like = dict(size=mean.shape[:-1], device=mean.device, dtype=mean.dtype, generator=generator)
+    u, epsilon = torch.rand(**like), torch.randn(**like)                         # each [.., Z]
     # As many cumulative probabilities are at most u as there are components below the drawn one.
     cumulative = (log_pi / temperature).softmax(-1).cumsum(-1)[..., :-1]
-    k = (cumulative <= random(torch.rand)[..., None]).sum(-1, keepdim=True)      # [.., Z, 1]
+    k = (cumulative <= u[..., None]).sum(-1, keepdim=True)                       # [.., Z, 1]
     mean, log_std = mean.gather(-1, k)[..., 0], log_std.gather(-1, k)[..., 0]
-    return mean + log_std.exp() * math.sqrt(temperature) * random(torch.randn)
+    return mean + log_std.exp() * math.sqrt(temperature) * epsilon
 
 
 def forks(batch, steps, fork=5):

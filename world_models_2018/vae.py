@@ -119,3 +119,63 @@ def car_frames(count, seed=0):
     x = torch.stack(frames).permute(0, 3, 1, 2).float()                          # [N, 3, 84, 96]
     x = F.interpolate(x, (64, 64), mode="area")
     return x.round().byte().permute(0, 2, 3, 1).contiguous()
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Learn frames of CarRacing, save pictures of them.")
+    parser.add_argument("--seconds", type=float, default=60, help="of training")
+    parser.add_argument("--frames", type=int, default=400, help="to learn from")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", default="vae_car.png", help="the picture")
+    args = parser.parse_args()
+    if args.frames < 100 or args.seed < 0 or not 0 < args.seconds < float("inf"):
+        sys.exit("error: --frames must be 100 or more, --seed 0 or more, --seconds more than 0")
+    import matplotlib
+    matplotlib.use("Agg", force=True)
+    matplotlib.rcdefaults()
+    import matplotlib.pyplot as plt
+    torch.manual_seed(args.seed)
+
+    print(f"collecting {args.frames} frames (gymnasium draws slowly)", flush=True)
+    frames = car_frames(args.frames, args.seed)
+    held_out = args.frames // 8                              # the last eighth is not trained on
+    model = VAE(z_size=32)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    begun, update, shown, done = time.monotonic(), 0, 0, 0.0
+    while done < 1:
+        optimizer.param_groups[0]["lr"] = 1e-3 * (1 - 0.9 * done)
+        loss, parts = model.loss(frames[torch.randint(args.frames - held_out, (32,))])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        update += 1
+        done = (time.monotonic() - begun) / args.seconds
+        if done >= shown / 10:
+            shown += 1
+            print(f"update {update:5d}  squared error {parts['error']:7.2f} per frame  "
+                  f"KL {parts['kl']:5.1f} nats", flush=True)
+
+    # Frames that were never trained on: what is left of them after 32 numbers.
+    x = pixels(frames[-held_out:])
+    with torch.no_grad():
+        images = model.decode(model.encode(x)[0])
+    error = (images - x).square().sum((1, 2, 3)).mean()
+    mean = (x.mean(0) - x).square().sum((1, 2, 3)).mean()
+    print(f"held-out squared error {error:.2f} per frame; the mean frame has {mean:.2f}")
+    figure, axes = plt.subplots(2, 8, figsize=(14, 3.8))
+    for column, i in enumerate(torch.linspace(0, held_out - 1, 8).long()):
+        for ax, pictures in zip(axes[:, column], (x, images)):
+            ax.imshow(pictures[i].permute(1, 2, 0))
+            ax.set(xticks=[], yticks=[])
+    axes[0, 0].set_ylabel("original")
+    axes[1, 0].set_ylabel("reconstruction")
+    figure.tight_layout()
+    figure.savefig(args.out, dpi=80)
+    print(f"saved {args.out}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
