@@ -26,8 +26,12 @@ import time
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.envs.box2d import car_dynamics, car_racing
-from gymnasium.envs.box2d.car_racing import FPS, GRASS_DIM, PLAYFIELD, SCALE, ZOOM
+
+try:
+    from gymnasium.envs.box2d import car_dynamics, car_racing
+    from gymnasium.envs.box2d.car_racing import GRASS_DIM, PLAYFIELD, SCALE, ZOOM
+except gym.error.DependencyNotInstalled:
+    raise ImportError("Box2D is missing: pip install 'gymnasium[box2d]'") from None
 
 CELL = 0.25                                             # metres of the world per cell of the map
 SIDE = int(2 * PLAYFIELD / CELL) + 2                    # the playfield's cells and a ring outside

@@ -134,7 +134,7 @@ class CMAES:
             self.B @ (self.B.T @ step / self.D))
         length = np.linalg.norm(self.p_sigma)
         # sigma <- sigma exp(c_sigma / d_sigma (||p_sigma|| / E||N(0, I)|| - 1))              (44)
-        self.sigma *= np.exp(c / self.d_sigma * (length / self.chi - 1))
+        self.sigma *= float(np.exp(c / self.d_sigma * (length / self.chi - 1)))
 
         # h_sigma = 0 stalls p_c while the steps are too long for their size (after (47))
         expected = np.sqrt(1 - (1 - c) ** (2 * self.generation)) * self.chi

@@ -14,9 +14,16 @@ another, on another machine. `config` is a train.Config, or anything with its fi
 
 Dimension key:  n rollouts side by side   T steps   Z z   H hidden   F features of C   A actions
 """
+import dataclasses
 import io
 import itertools
+import multiprocessing
+import os
+import pathlib
+import signal
 import threading
+import time
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import torch
@@ -35,20 +42,13 @@ def seed_of(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1)[0]) >> 1
 
 
-ENGINES = {}                                            # Doom's start slowly: each worker keeps its
-
-
-def make_env(config, steps, slot=0):
+def make_env(config, steps):
     """The real environment, with this time limit. Raises ImportError if a package is missing."""
     if config.task == "car":
         from carracing import CarRacing
         return CarRacing(max_steps=steps)
     from doom import DoomEnv
-    key = threading.get_ident(), slot
-    if key not in ENGINES:
-        ENGINES[key] = DoomEnv()
-    ENGINES[key].max_steps = steps
-    return ENGINES[key]
+    return DoomEnv(steps)
 
 
 def to_action(config, a):
@@ -81,6 +81,7 @@ def random_rollout(config, number):
     frame, records, over = env.reset(seed=seed)[0], [], False
     for action in random_actions(config, seed):
         if over:
+            env.close()
             return np.array(records, record_type(config))
         next_frame, _, done, truncated, _ = env.step(action)
         records.append((frame, action, not records, done))
@@ -139,7 +140,7 @@ def play(config, weights, policy, seeds):
         z_t = V(x_t);  a_t = C(z_t, h_t);  x_{t+1} = env(a_t);  h_{t+1} = M(z_t, a_t, h_t)
     """
     act = policy_of(config, policy, seeds)
-    envs = [make_env(config, config.steps, i) for i in range(len(seeds))]
+    envs = [make_env(config, config.steps) for _ in seeds]
     frames = np.stack([env.reset(seed=s)[0] for env, s in zip(envs, seeds)])     # [n, 64, 64, 3]
     score, alive, x, first = np.zeros(len(seeds)), np.ones(len(seeds), bool), None, True
     if weights is not None:
@@ -159,14 +160,16 @@ def play(config, weights, policy, seeds):
             restart = torch.full((len(seeds), 1), first)
             h, c = m(z[:, None], torch.from_numpy(actions)[:, None], (h, c), restart)[-1]
         first = False
+    for env in envs:
+        env.close()
     return score.tolist()
 
 
-def dream(config, weights, policy, seeds, temperature=None):
-    """Doom: the same in M's dream, one per seed -> steps survived, a list of floats."""
+def dream(config, weights, policy, seeds):
+    """Doom: the same in M's dream at config.temperature -> steps survived, a list of floats."""
     from doom import DoomDream
     _, m, starts = unpack(config, weights)
-    env = DoomDream(m, starts, len(seeds), config.steps, temperature or config.temperature)
+    env = DoomDream(m, starts, len(seeds), config.steps, config.temperature)
     act = policy_of(config, policy, seeds)
     x, alive, score = env.reset(seed=seeds[0])[0], np.ones(len(seeds), bool), np.zeros(len(seeds))
     while alive.any():
@@ -174,3 +177,62 @@ def dream(config, weights, policy, seeds, temperature=None):
         score += alive * reward
         alive &= ~(done | truncated)
     return score.tolist()
+
+
+def start_worker():
+    """A worker is a process group of its own: Ctrl-C does not reach it, and when the main process
+    dies, however it dies, the group goes too, Doom's engines included.
+    """
+    os.setpgrp()
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os.killpg(0, signal.SIGKILL)),
+                     daemon=True).start()
+
+
+def open_pool(config):
+    """An executor: this machine's cores, or a Dask cluster's."""
+    if not config.scheduler:
+        os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"   # it complains when we just leave
+        return ProcessPoolExecutor(config.workers, multiprocessing.get_context("spawn"),
+                                   initializer=start_worker)
+    try:
+        from distributed import Client
+    except ImportError:
+        raise ImportError("--scheduler needs Dask: pip install distributed") from None
+    try:
+        client = Client(config.scheduler, timeout=10)
+    except (OSError, ValueError) as error:
+        raise OSError(f"no Dask scheduler at {config.scheduler} ({error})") from None
+    for name in "vae", "mdnrnn", "controller", "carracing", "doom", "rollout", "train":
+        # The workers get our files, each after those it imports.
+        client.upload_file(str(pathlib.Path(__file__).with_name(f"{name}.py")))
+    return client.get_executor()
+
+
+def estimate(config, stage):
+    """Minutes for this stage and the later ones, a dict, measured here on a few steps of each."""
+    c, minutes, threads = config, {}, torch.get_num_threads()
+    few = dataclasses.replace(c, steps=25, rollout_steps=100)
+    theta = np.zeros(new_controller(c).size)
+    v, m = new_models(c)
+    x = torch.zeros(c.vae_batch, 64, 64, 3, dtype=torch.uint8)
+    z = torch.zeros(c.m_batch, c.m_steps, v.z_size)
+    weights = pack(dict(V=v.state_dict(), M=m.state_dict(), starts=z[:1, :2]))
+    # Doom's players die early, how early is a guess.
+    rollout, short, long = (dream, 0.15, 0.4) if c.task == "doom" else (play, 1, 1)
+    stages = {                                          # what is measured, and how often it comes
+        "rollouts": (lambda: random_rollout(few, 0),
+                     c.rollouts / c.workers * short * c.rollout_steps / few.rollout_steps),
+        "V": (lambda: v.loss(x)[0].backward(), c.vae_updates),
+        "M": (lambda: m.loss(z, z[..., :m.action_size], z, z[..., 0])[0].backward(), c.m_updates),
+        "C": (lambda: rollout(few, weights, theta, list(range(c.trials))),
+              c.generations * c.population / c.workers * long * c.steps / few.steps),
+        "done": None}
+    for name in list(stages)[list(stages).index(stage):-1]:
+        job, times = stages[name]
+        job()                                           # the first time warms up
+        start = time.perf_counter()
+        job()
+        minutes[name] = (time.perf_counter() - start) * times / 60
+    torch.set_num_threads(threads)                      # rollouts set it to 1
+    return minutes
