@@ -204,8 +204,7 @@ def open_pool(config):
     except (OSError, ValueError) as error:
         raise OSError(f"no Dask scheduler at {config.scheduler} ({error})") from None
     for name in "vae", "mdnrnn", "controller", "carracing", "doom", "rollout", "train":
-        # The workers get our files, each after those it imports.
-        client.upload_file(str(pathlib.Path(__file__).with_name(f"{name}.py")))
+        client.upload_file(str(pathlib.Path(__file__).with_name(f"{name}.py")), load=False)
     return client.get_executor()
 
 

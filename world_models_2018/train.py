@@ -39,7 +39,7 @@ import signal
 import sys
 import time
 from concurrent.futures.process import BrokenProcessPool
-from itertools import repeat
+from functools import partial
 
 import matplotlib
 import numpy as np
@@ -108,6 +108,7 @@ PRESETS = {                                             # what differs from the 
     ("smoke", "doom"): SMOKE | dict(rollout_steps=150)}
 # What may differ when a run goes on: it changes no finished work.
 MAY_CHANGE = "workers", "scheduler", "gate", "m_updates", "generations"
+SAVE_SECONDS = 120                                      # no more than this is ever lost
 
 
 class UserError(Exception):
@@ -155,8 +156,8 @@ class Run:
         self.saved = time.monotonic()
 
     def save(self, always=True):
-        """Everything onto the disk; unless always, only if the last time is two minutes ago."""
-        if not always and time.monotonic() - self.saved < 120:
+        """Everything onto the disk; unless always, only if the last time is long ago."""
+        if not always and time.monotonic() - self.saved < SAVE_SECONDS:
             return
         self.state["config"] = dataclasses.asdict(self.config)
         data = io.BytesIO()
@@ -222,12 +223,12 @@ def collect_rollouts(run, pool):
         # Cut off what was written after the checkpoint.
         file.truncate(state["records"] * record_type(c).itemsize)
         left = range(state["update"], c.rollouts)
-        for records in tqdm(pool.map(random_rollout, repeat(c), left), "rollouts", c.rollouts,
+        for records in tqdm(pool.map(partial(random_rollout, c), left), "rollouts", c.rollouts,
                             initial=state["update"]):
             file.write(records.tobytes())
             state["update"] += 1
             state["records"] += len(records)
-            if time.monotonic() - run.saved > 120 or state["update"] == c.rollouts:
+            if time.monotonic() - run.saved > SAVE_SECONDS or state["update"] == c.rollouts:
                 file.flush()
                 os.fsync(file.fileno())
                 run.save()
@@ -342,8 +343,7 @@ def learn_m(run, pool):
     calm = dataclasses.replace(c, temperature=1.0)
     for policy in ("nothing", "random") if c.task == "doom" else ():
         seeds = fours([seed_of(c.seed, ACTUAL, i, 1) for i in range(3 * c.eval_rollouts)])
-        dreamed, real = (np.concatenate(list(pool.map(
-            how, repeat(calm), repeat(weights), repeat(policy), seeds)))
+        dreamed, real = (np.concatenate(list(pool.map(partial(how, calm, weights, policy), seeds)))
             for how, weights in ((dream, pack(state)), (play, None)))
         error = dreamed.mean() / real.mean() - 1
         passed = passed and abs(error) <= c.gate
@@ -372,7 +372,8 @@ def evolve_c(run, pool):
     while es.generation < c.generations:
         candidates, scores = es.ask(), []
         seeds = [seed_of(c.seed, VIRTUAL, es.generation, i) for i in range(c.trials)]
-        for returns in pool.map(rollout, repeat(c), repeat(weights), candidates, repeat(seeds)):
+        for returns in pool.map(partial(rollout, c, weights), candidates,
+                                [seeds] * c.population):
             scores.append(np.mean(returns))
             bar.update()
         scores = np.array(scores)
@@ -383,8 +384,8 @@ def evolve_c(run, pool):
         if es.generation % c.eval_every == 0 or es.generation == c.generations:
             # The actual score of the mean, always from the same seeds, which nothing is evolved on.
             seeds = [seed_of(c.seed, ACTUAL, i) for i in range(c.eval_rollouts)]
-            actual = np.concatenate(list(pool.map(play, repeat(c), repeat(weights),
-                                                  repeat(es.mean), fours(seeds))))
+            actual = np.concatenate(list(pool.map(partial(play, c, weights, es.mean),
+                                                  fours(seeds))))
             row |= dict(actual=actual.mean(), actual_std=actual.std())
             # The car keeps its best mean. Doom keeps the last: the game judges, it does not choose.
             if c.task == "doom" or actual.mean() > state.get("best_actual", -math.inf):
