@@ -263,6 +263,8 @@ def test_a_run_stopped_anywhere_ends_as_one_that_was_not(tmp_path, here, monkeyp
     monkeypatch.setattr(train, "SAVE_SECONDS", -1)
     folder = tmp_path / "parts/car-smoke-s0"
     assert train.main(arguments("parts", "3")) == 1
+    with open(folder / "rollouts.bin", "ab") as file:
+        file.write(b"written after the last checkpoint")
     monkeypatch.setattr(train, "SAVE_SECONDS", 120)
     for left in 3, 2, 1, 0:
         assert f"error: stopped; go on with --resume {folder}" in capsys.readouterr().err
@@ -361,21 +363,26 @@ def models(config):
                                    starts=torch.randn(3, 2, v.z_size)))
 
 
-def test_play_is_the_loop_of_figure_2():
+def test_play_is_the_loop_of_figure_2(monkeypatch):
     config = train.Config(steps=8)
     v, m, weights = models(config)
-    theta = np.random.default_rng(0).normal(0, 0.3, 867).astype(np.float32)
-    env, total, c = CarRacing(max_steps=8), 0, Controller(288, 3)
+    theta = np.random.default_rng(0).normal(0, 1, 867).astype(np.float32)
+    env, total, c, actions, played = CarRacing(max_steps=8), 0, Controller(288, 3), [], []
     frame, state = env.reset(seed=7)[0], m.initial_state(1)
     with torch.no_grad():
         for _ in range(8):
             z = v.encode(torch.from_numpy(frame)[None])[0]
-            a = pedals(c.act(theta, torch.cat([z, state[0]], 1).numpy()))
-            state = m(z[None], torch.from_numpy(a)[None], state)[-1]
-            frame, reward, *_ = env.step(a[0])
+            actions.append(pedals(c.act(theta, torch.cat([z, state[0]], 1).numpy())))
+            state = m(z[None], torch.from_numpy(actions[-1])[None], state)[-1]
+            frame, reward, *_ = env.step(actions[-1][0])
             total += reward
-    assert rollout.play(config, weights, theta, [7]) == pytest.approx([total], abs=1e-4)
-    assert rollout.play(config, weights, theta, [3, 7])[1] == pytest.approx(total, abs=1e-4)
+    monkeypatch.setattr(rollout, "to_action", lambda c, a: played.append(pedals(a)) or played[-1])
+    # The same alone and beside another rollout.
+    for seeds in [7], [3, 7]:
+        played.clear()
+        assert rollout.play(config, weights, theta, seeds)[-1] == pytest.approx(total, abs=1e-4)
+        np.testing.assert_allclose([a[-1] for a in played], [a[0] for a in actions], atol=1e-4)
+    assert np.ptp(actions, 0).min() > 1e-3
 
 
 def test_records_of_random_play_align():

@@ -171,6 +171,8 @@ class Run:
         table.writeheader()
         table.writerows(self.state["rows"])
         write_atomically(self.folder / "metrics.csv", text.getvalue().encode())
+        write_atomically(self.folder / "config.json",
+                         json.dumps(self.state["config"], indent=1).encode())
         draw_curves(self)
         self.saved = time.monotonic()
 
@@ -204,7 +206,7 @@ def draw_curves(run):
     for ax, stage, names, label in (
             (axes[0], "V", ("error",), "squared error per frame"),
             (axes[1], "M", ("z_loss", "done_loss"), "nats per number of z, per step (done)"),
-            (axes[2], "C", ("virtual", "best", "actual"), "score")):
+            (axes[2], "C", ("mean", "best", "actual"), "score")):
         for name in names:
             points = [(row["update"], row[name]) for row in run.state["rows"]
                       if row["stage"] == stage and name in row]
@@ -380,7 +382,7 @@ def evolve_c(run, pool):
         # Smaller is better to CMA-ES. Large weights cost a little (code).
         es.tell(0.01 * (candidates ** 2).mean(1) - scores)
         state["update"] = es.generation
-        row = dict(virtual=scores.mean(), best=scores.max(), sigma=es.sigma)
+        row = dict(mean=scores.mean(), best=scores.max(), sigma=es.sigma)
         if es.generation % c.eval_every == 0 or es.generation == c.generations:
             # The actual score of the mean, always from the same seeds, which nothing is evolved on.
             seeds = [seed_of(c.seed, ACTUAL, i) for i in range(c.eval_rollouts)]
@@ -454,8 +456,6 @@ def start(arguments):
             raise UserError(f"{c.models} holds no finished V and M for --task {c.task}")
         run.state.update(stage="C", **{part: other[part] for part in ("V", "M", "starts")})
     run.folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(run.folder / "config.json",
-                     json.dumps(dataclasses.asdict(c), indent=1).encode())
     run.save()
     return run
 
