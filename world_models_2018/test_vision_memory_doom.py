@@ -66,7 +66,8 @@ def test_vae_shapes_between_are_the_published_ones():
 def test_vae_samples_from_mu_and_logvar():
     model = VAE(2)
     mu, logvar = torch.tensor([[3.0, -1.0]]), torch.tensor([[2 * math.log(0.5), 2 * math.log(2.0)]])
-    z = model.sample(mu.expand(50_000, 2), logvar.expand(50_000, 2), torch.Generator().manual_seed(0))
+    mu, logvar = mu.expand(50_000, 2), logvar.expand(50_000, 2)
+    z = model.sample(mu, logvar, torch.Generator().manual_seed(0))
     assert torch.allclose(z.mean(0), mu[0], atol=0.03)
     assert torch.allclose(z.std(0), torch.tensor([0.5, 2.0]), rtol=0.02)
 
@@ -296,7 +297,7 @@ def test_doom_env_is_take_cover():
     still = play(0)
     assert still.shape == (91, 64, 64, 3) and still.dtype == np.uint8
     assert np.array_equal(play(0.33), still) and np.array_equal(play(-0.33), still)
-    assert not np.array_equal(play(0, seed=4), still)        # all games begin alike, none goes so on
+    assert not np.array_equal(play(0, seed=4), still)        # alike at first only
     left, right = play(-0.34, steps=12), play(0.34, steps=12)
     assert np.array_equal(play(-1, steps=12), left) and np.array_equal(play(1, steps=12), right)
     assert not np.array_equal(left, right)
@@ -410,7 +411,7 @@ def test_doom_dream_passes_gymnasiums_checker():
 
 
 def test_doom_dream_is_m():
-    """Each step of the dream is one of M's: same state, z from its mixture, restart at the start."""
+    """Each step of the dream is one of M's: same state, same mixture, restart_0 = 1."""
     model = small_model()
     with torch.no_grad():
         model.head.bias[-1] = -20                            # nobody dies

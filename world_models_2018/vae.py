@@ -122,7 +122,8 @@ def car_frames(count, seed=0):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Learn frames of CarRacing, save pictures of them.")
+    parser = argparse.ArgumentParser(description="Learn frames of CarRacing, save pictures "
+                                                 "of them.")
     parser.add_argument("--seconds", type=float, default=60, help="of training")
     parser.add_argument("--frames", type=int, default=400, help="to learn from")
     parser.add_argument("--seed", type=int, default=0)
