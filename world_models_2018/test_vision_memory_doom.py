@@ -352,7 +352,7 @@ def small_model():
 def test_doom_dream_is_a_gymnasium_vector_env():
     model = small_model()
     with torch.no_grad():
-        model.head.bias[-1] = math.log(DONE_WEIGHT) - 2      # about one step in eight is the last
+        model.head.bias[-1] = -2                           # about one step in eight is the last
     starts = torch.randn(5, 2, 4)
     env = DoomDream(model, starts, 3, steps=10)
     with pytest.raises(gym.error.ResetNeeded):
@@ -445,7 +445,7 @@ def test_doom_dream_ends_as_often_as_m_says():
     with torch.no_grad():
         for p in model.parameters():
             p.zero_()
-        model.head.bias[-1] = math.log(DONE_WEIGHT) - math.log(19)               # odds 1 : 19
+        model.head.bias[-1] = -math.log(19)                                      # odds 1 : 19
     env = DoomDream(model, torch.randn(5, 2, 4), 2000)
     env.reset(seed=0)
     ends = np.mean([env.step(np.zeros((2000, 1), np.float32))[2].mean() for _ in range(10)])
