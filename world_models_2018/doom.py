@@ -1,8 +1,9 @@
 """VizDoom's Take Cover, and the dream of it in which the policy is evolved (Section 4).
 
-One room. The player may step left or right along one wall; monsters appear along the other and throw
-fireballs. Every step alive pays 1, a game lasts 2,100 steps at most, and an average of 750 over 100
-games counts as solved. Time alignment, in the game, in what is recorded and in the dream:
+One room. The player may step left or right along one wall; monsters appear along the other and
+throw fireballs. Two hits kill, mostly. Every step alive pays 1, a game lasts 2,100 steps at most,
+and an average of 750 over 100 games counts as solved. Time alignment, in the game, in what is
+recorded and in the dream:
 
     t             0           1           2                 L-1
     z_t        z_0         z_1         z_2        ...     z_{L-1}     what V sees

@@ -36,8 +36,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# A player of Doom dies once in 300 steps. Such a step counts ten times in the loss (as in the code
-# behind the paper), and what M says is put right again by the same factor, in `forward`.
+# A player of Doom dies once in 300 steps. Such a step counts ten times in the loss, as in the code
+# behind the paper.
 DONE_WEIGHT = 10.0
 
 
@@ -88,11 +88,7 @@ class MDNRNN(nn.Module):
             h = torch.sigmoid(o) * torch.tanh(c)
             hs.append(h)
         y = self.head(torch.stack(hs, 1))                                        # [B, T, 3KZ (+ 1)]
-        done = None
-        if self.predict_done:
-            # Trained as if deaths were DONE_WEIGHT times as frequent, the output overrates their
-            # odds by just this factor.
-            y, done = y[..., :-1], y[..., -1] - math.log(DONE_WEIGHT)
+        y, done = (y[..., :-1], y[..., -1]) if self.predict_done else (y, None)
         logits, mean, log_std = y.unflatten(2, (3, self.z_size, self.mixtures)).unbind(2)
         return logits.log_softmax(3), mean, log_std, done, (h, c)
 
@@ -120,6 +116,8 @@ class MDNRNN(nn.Module):
         if not self.predict_done:
             return z_loss, parts
         done = done.to(nats.dtype)
+        # In this loss deaths are DONE_WEIGHT times as frequent as they are, and so are the odds to
+        # be learned. What M itself says are the true ones, and dreams may draw deaths from them.
         done_loss = F.binary_cross_entropy_with_logits(
             done_logit + math.log(DONE_WEIGHT), done, weight=1 + (DONE_WEIGHT - 1) * done)
         return z_loss + done_loss, parts | {"done_loss": done_loss.detach()}

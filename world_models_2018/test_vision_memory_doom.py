@@ -1,7 +1,6 @@
 """Tests of vae.py, mdnrnn.py and doom.py: python -m pytest -q world_models_2018"""
 import itertools
 import math
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +14,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
 import doom
+import mdnrnn
+import vae
 from doom import DoomDream, DoomEnv, random_actions
 from mdnrnn import DONE_WEIGHT, MDNRNN, log_likelihood, sample
 from vae import VAE, pixels
@@ -33,58 +34,59 @@ def test_vae_has_the_published_parameters():
 
 
 def test_vae_takes_frames_and_gives_pictures():
-    vae = VAE(32)
+    model = VAE(32)
     frames = torch.randint(256, (2, 64, 64, 3), dtype=torch.uint8)
     x = pixels(frames)
     assert torch.equal((x[1, 2, 3, 4] * 255).round().byte(), frames[1, 3, 4, 2])
     with torch.no_grad():
-        (mu, logvar), (mu2, logvar2) = vae.encode(frames), vae.encode(x)
-        picture = vae.decode(vae.sample(mu, logvar))
+        (mu, logvar), (mu2, logvar2) = model.encode(frames), model.encode(x)
+        picture = model.decode(model.sample(mu, logvar))
     assert torch.equal(mu, mu2) and torch.equal(logvar, logvar2)
     assert mu.shape == logvar.shape == (2, 32)
     assert picture.shape == (2, 3, 64, 64) and 0 < picture.min() and picture.max() < 1
     for bad in (frames.permute(0, 3, 1, 2), frames.float(), x[:, :, :63], x.double().long()):
         with pytest.raises(ValueError, match="frames must be"):
-            vae.encode(bad)
+            model.encode(bad)
 
 
 def test_vae_shapes_between_are_the_published_ones():
     """Appendix A.1: nothing is padded, the linear layer before the decoder is not activated."""
-    vae, shapes = VAE(32), []
-    for layer in (*vae.encoder, *vae.decoder):
+    model, shapes = VAE(32), []
+    for layer in (*model.encoder, *model.decoder):
         layer.register_forward_hook(lambda _, __, y: shapes.append(tuple(y.shape[1:])))
     with torch.no_grad():
-        vae.decode(vae.encode(torch.rand(1, 3, 64, 64))[0])
+        model.decode(model.encode(torch.rand(1, 3, 64, 64))[0])
     sizes = [s for s, _ in itertools.groupby(s for s in shapes if len(s) == 3)]
     assert sizes == [(32, 31, 31), (64, 14, 14), (128, 6, 6), (256, 2, 2), (1024, 1, 1),
                      (128, 5, 5), (64, 13, 13), (32, 30, 30), (3, 64, 64)]
     z = torch.linspace(-3, 3, 32).expand(1, -1)
-    assert (vae.decoder[:2](z) < 0).any()
+    assert (model.decoder[:2](z) < 0).any()
 
 
 def test_vae_samples_from_mu_and_logvar():
-    vae = VAE(2)
+    model = VAE(2)
     mu, logvar = torch.tensor([[3.0, -1.0]]), torch.tensor([[2 * math.log(0.5), 2 * math.log(2.0)]])
-    z = vae.sample(mu.expand(50_000, 2), logvar.expand(50_000, 2), torch.Generator().manual_seed(0))
+    mu, logvar = mu.expand(50_000, 2), logvar.expand(50_000, 2)
+    z = model.sample(mu, logvar, torch.Generator().manual_seed(0))
     assert torch.allclose(z.mean(0), mu[0], atol=0.03)
     assert torch.allclose(z.std(0), torch.tensor([0.5, 2.0]), rtol=0.02)
 
 
 def test_vae_loss_is_squared_error_and_clipped_divergence():
     """Against torch.distributions and a plain sum; below 0.5 nats per z the divergence is free."""
-    vae, x = VAE(32), torch.rand(3, 3, 64, 64)
+    model, x = VAE(32), torch.rand(3, 3, 64, 64)
     mu, logvar = torch.randn(3, 32), torch.randn(3, 32)
     q = torch.distributions.Normal(mu, (logvar / 2).exp())
     kl = torch.distributions.kl_divergence(q, torch.distributions.Normal(0.0, 1.0)).sum(1)
     for scale in (1.0, 0.01):
-        vae.encode = lambda _, s=scale: (mu * s, logvar * s)
+        model.encode = lambda _, s=scale: (mu * s, logvar * s)
         if scale != 1:
             q = torch.distributions.Normal(mu * scale, (logvar * scale / 2).exp())
             kl = torch.distributions.kl_divergence(q, torch.distributions.Normal(0.0, 1.0)).sum(1)
         with torch.no_grad():
-            loss, parts = vae.loss(x, torch.Generator().manual_seed(1))
-            z = vae.sample(mu * scale, logvar * scale, torch.Generator().manual_seed(1))
-            error = (vae.decode(z) - x).pow(2).reshape(3, -1).sum(1)
+            loss, parts = model.loss(x, torch.Generator().manual_seed(1))
+            z = model.sample(mu * scale, logvar * scale, torch.Generator().manual_seed(1))
+            error = (model.decode(z) - x).pow(2).reshape(3, -1).sum(1)
         free = torch.full_like(kl, 16.0)
         assert torch.allclose(loss, (error + torch.maximum(kl, free)).mean())
         assert torch.allclose(parts["kl"], kl.mean(), atol=1e-5)
@@ -94,18 +96,18 @@ def test_vae_loss_is_squared_error_and_clipped_divergence():
 
 def test_vae_learns_a_batch():
     torch.manual_seed(0)
-    vae = VAE(8)
+    model = VAE(8)
     x = torch.zeros(4, 64, 64, 3, dtype=torch.uint8)
     for i in range(4):
         x[i, 16 * i:16 * i + 16] = 255
-    optimizer = torch.optim.Adam(vae.parameters(), lr=1e-3)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     losses = []
-    for _ in range(15):
-        loss, _ = vae.loss(x)
+    for _ in range(8):
+        loss, _ = model.loss(x)
         optimizer.zero_grad(), loss.backward(), optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.75 * losses[0]
-    assert all(p.grad.abs().sum() > 0 for p in vae.parameters())
+    assert losses[-1] < 0.9 * losses[0]
+    assert all(p.grad.abs().sum() > 0 for p in model.parameters())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -295,7 +297,7 @@ def test_doom_env_is_take_cover():
     still = play(0)
     assert still.shape == (91, 64, 64, 3) and still.dtype == np.uint8
     assert np.array_equal(play(0.33), still) and np.array_equal(play(-0.33), still)
-    assert not np.array_equal(play(0, seed=4), still)        # all games begin alike, none goes so on
+    assert not np.array_equal(play(0, seed=4), still)        # alike at first only
     left, right = play(-0.34, steps=12), play(0.34, steps=12)
     assert np.array_equal(play(-1, steps=12), left) and np.array_equal(play(1, steps=12), right)
     assert not np.array_equal(left, right)
@@ -350,7 +352,7 @@ def small_model():
 def test_doom_dream_is_a_gymnasium_vector_env():
     model = small_model()
     with torch.no_grad():
-        model.head.bias[-1] = math.log(DONE_WEIGHT) - 2      # about one step in eight is the last
+        model.head.bias[-1] = -2                           # about one step in eight is the last
     starts = torch.randn(5, 2, 4)
     env = DoomDream(model, starts, 3, steps=10)
     with pytest.raises(gym.error.ResetNeeded):
@@ -409,7 +411,7 @@ def test_doom_dream_passes_gymnasiums_checker():
 
 
 def test_doom_dream_is_m():
-    """Each step of the dream is one of M's: same state, z from its mixture, restart at the start."""
+    """Each step of the dream is one of M's: same state, same mixture, restart_0 = 1."""
     model = small_model()
     with torch.no_grad():
         model.head.bias[-1] = -20                            # nobody dies
@@ -443,7 +445,7 @@ def test_doom_dream_ends_as_often_as_m_says():
     with torch.no_grad():
         for p in model.parameters():
             p.zero_()
-        model.head.bias[-1] = math.log(DONE_WEIGHT) - math.log(19)               # odds 1 : 19
+        model.head.bias[-1] = -math.log(19)                                      # odds 1 : 19
     env = DoomDream(model, torch.randn(5, 2, 4), 2000)
     env.reset(seed=0)
     ends = np.mean([env.step(np.zeros((2000, 1), np.float32))[2].mean() for _ in range(10)])
@@ -453,19 +455,17 @@ def test_doom_dream_ends_as_often_as_m_says():
 # --------------------------------------------------------------------------------------------------
 # Demos
 # --------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("file, good, bad", [
-    ("vae.py", ["--frames", "100", "--seconds", "0.1"], ["--frames", "5"]),
-    ("mdnrnn.py", ["--updates", "2"], ["--updates", "0"]),
-    pytest.param("doom.py", ["--games", "1"], ["--games", "0"], marks=needs_vizdoom)])
-def test_demos(file, good, bad, tmp_path):
-    """Each runs from an empty folder and saves its picture; bad flags get one line."""
-    def run(*flags):
-        return subprocess.run([sys.executable, str(HERE / file), *flags], cwd=tmp_path,
-                              capture_output=True, text=True, timeout=120)
-
-    refused = run(*bad)
-    assert refused.returncode == 1 and refused.stderr.startswith("error: ")
-    assert len(refused.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
-    ran = run(*good)
-    assert ran.returncode == 0, ran.stderr
-    assert len(list(tmp_path.glob("*.png"))) == 1 == len(list(tmp_path.iterdir()))
+@pytest.mark.parametrize("module, good, bad", [
+    (vae, ["--frames", "40", "--seconds", "0.1"], ["--frames", "5"]),
+    (mdnrnn, ["--updates", "2"], ["--updates", "0"]),
+    pytest.param(doom, ["--games", "1"], ["--games", "0"], marks=needs_vizdoom)])
+def test_demos(module, good, bad, tmp_path, monkeypatch):
+    """Each saves its picture and nothing else; bad flags get one line."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["demo", *bad])
+    with pytest.raises(SystemExit, match="^error: .* must be .* or more.*$"):
+        module.main()
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(sys, "argv", ["demo", *good])
+    module.main()
+    assert [file.suffix for file in tmp_path.iterdir()] == [".png"]

@@ -122,14 +122,15 @@ def car_frames(count, seed=0):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Learn frames of CarRacing, save pictures of them.")
+    parser = argparse.ArgumentParser(description="Learn frames of CarRacing, save pictures "
+                                                 "of them.")
     parser.add_argument("--seconds", type=float, default=60, help="of training")
     parser.add_argument("--frames", type=int, default=400, help="to learn from")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="vae_car.png", help="the picture")
     args = parser.parse_args()
-    if args.frames < 100 or args.seed < 0 or not 0 < args.seconds < float("inf"):
-        sys.exit("error: --frames must be 100 or more, --seed 0 or more, --seconds more than 0")
+    if args.frames < 40 or args.seed < 0 or not 0 < args.seconds < float("inf"):
+        sys.exit("error: --frames must be 40 or more, --seed 0 or more, --seconds more than 0")
     import matplotlib
     matplotlib.use("Agg", force=True)
     matplotlib.rcdefaults()
@@ -165,7 +166,7 @@ def main():
     figure, axes = plt.subplots(2, 8, figsize=(14, 3.8))
     for column, i in enumerate(torch.linspace(0, held_out - 1, 8).long()):
         for ax, pictures in zip(axes[:, column], (x, images)):
-            ax.imshow(pictures[i].permute(1, 2, 0))
+            ax.imshow(pictures[i].permute(1, 2, 0).numpy())
             ax.set(xticks=[], yticks=[])
     axes[0, 0].set_ylabel("original")
     axes[1, 0].set_ylabel("reconstruction")
