@@ -356,6 +356,43 @@ def test_gates_stop_a_run_whose_m_predicts_nothing(tmp_path, here, monkeypatch, 
     assert train.read_checkpoint(tmp_path / "car-smoke-s0")["stage"] == "M"
 
 
+def test_doom_is_evolved_only_if_dreams_last_as_long_as_games(tmp_path, here, monkeypatch, capsys):
+    dreams, games = [], []
+
+    def records(config, number):                        # noise, fifty steps until death
+        rng, kind = np.random.default_rng(number), rollout.record_type(config)
+        record = np.frombuffer(rng.bytes(50 * kind.itemsize), kind).copy()
+        record["action"] = rng.uniform(-1, 1, (50, 1))
+        record["first"], record["done"] = np.arange(50) == 0, np.arange(50) == 49
+        return record
+
+    def dream(config, weights, policy, seeds):
+        dreams.append((config.temperature, policy if isinstance(policy, str) else "C"))
+        return [120.0] * len(seeds)
+
+    def play(config, weights, policy, seeds):
+        games.append(policy if isinstance(policy, str) else "C")
+        return [100.0 + 5 * (policy == "random")] * len(seeds)
+
+    monkeypatch.setattr(train, "make_env", lambda config, steps: CarRacing())
+    monkeypatch.setattr(train, "log_likelihood", lambda z, *_: z * 0 + 9)
+    for function in dream, play:
+        monkeypatch.setattr(train, function.__name__, function)
+    monkeypatch.setattr(train, "random_rollout", records)
+    # 120 dreamed steps for 100 real ones are too many for 15 %, 120 for 105 are not.
+    assert train.main(["--task", "doom", *TINY, "--gate", "0.15", "--out", str(tmp_path)]) == 1
+    out, error = capsys.readouterr()
+    assert "no controller is evolved" in error and "nothing: 120 +- 0" in out and "+14%" in out
+    assert set(dreams) == {(1.0, "nothing"), (1.0, "random")} and "C" not in games
+    # With a wider gate the same run goes on, in dreams at tau 1.15; the game only measures.
+    dreams.clear(), games.clear()
+    folder = tmp_path / "doom-smoke-s0"
+    assert train.main(["--resume", str(folder), "--gate", "0.25"]) == 0
+    assert dreams.count((1.15, "C")) == 2 * 4 and games.count("C") == 1
+    state = train.read_checkpoint(folder)
+    assert state["starts"].shape == (3, 2, 64) and state["best_actual"] == 100
+
+
 def models(config):
     torch.manual_seed(0)
     v, m = rollout.new_models(config)
