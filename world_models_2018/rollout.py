@@ -32,8 +32,8 @@ from controller import Controller
 from mdnrnn import MDNRNN
 from vae import VAE
 
-TASKS = {"car": dict(z=32, actions=3, hidden=256, done=False, steps=1000),
-         "doom": dict(z=64, actions=1, hidden=512, done=True, steps=2100)}
+TASKS = {"car": dict(z=32, actions=3, hidden=256, done=False),
+         "doom": dict(z=64, actions=1, hidden=512, done=True)}
 COLLECT, LEARN_V, LEARN_M, VIRTUAL, ACTUAL, UNSEEN = range(6)   # streams of random numbers
 
 
@@ -166,7 +166,9 @@ def play(config, weights, policy, seeds):
 
 
 def dream(config, weights, policy, seeds):
-    """Doom: the same in M's dream at config.temperature -> steps survived, a list of floats."""
+    """Doom: len(seeds) rollouts in M's dream at config.temperature -> steps survived, a list of
+    floats. The first seed decides all.
+    """
     from doom import DoomDream
     _, m, starts = unpack(config, weights)
     env = DoomDream(m, starts, len(seeds), config.steps, config.temperature)
@@ -208,9 +210,13 @@ def open_pool(config):
     return client.get_executor()
 
 
-def estimate(config, stage):
-    """Minutes for this stage and the later ones, a dict, measured here on a few steps of each."""
+def estimate(config, stage, update):
+    """Minutes for what is left of this stage and for the later ones, a dict: a few steps of each
+    are measured here.
+    """
     c, minutes, threads = config, {}, torch.get_num_threads()
+    left = dict(rollouts=c.rollouts, V=c.vae_updates, M=c.m_updates, C=c.generations, done=0)
+    left[stage] -= update
     few = dataclasses.replace(c, steps=25, rollout_steps=100)
     theta = np.zeros(new_controller(c).size)
     v, m = new_models(c)
@@ -221,13 +227,12 @@ def estimate(config, stage):
     rollout, short, long = (dream, 0.15, 0.4) if c.task == "doom" else (play, 1, 1)
     stages = {                                          # what is measured, and how often it comes
         "rollouts": (lambda: random_rollout(few, 0),
-                     c.rollouts / c.workers * short * c.rollout_steps / few.rollout_steps),
-        "V": (lambda: v.loss(x)[0].backward(), c.vae_updates),
-        "M": (lambda: m.loss(z, z[..., :m.action_size], z, z[..., 0])[0].backward(), c.m_updates),
+                     left["rollouts"] / c.workers * short * c.rollout_steps / few.rollout_steps),
+        "V": (lambda: v.loss(x)[0].backward(), left["V"]),
+        "M": (lambda: m.loss(z, z[..., :m.action_size], z, z[..., 0])[0].backward(), left["M"]),
         "C": (lambda: rollout(few, weights, theta, list(range(c.trials))),
-              c.generations * c.population / c.workers * long * c.steps / few.steps),
-        "done": None}
-    for name in list(stages)[list(stages).index(stage):-1]:
+              left["C"] * c.population / c.workers * long * c.steps / few.steps)}
+    for name in list(left)[list(left).index(stage):-1]:
         job, times = stages[name]
         job()                                           # the first time warms up
         start = time.perf_counter()

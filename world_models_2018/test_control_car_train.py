@@ -220,7 +220,7 @@ TINY = ["--preset", "smoke", "--rollouts", "3", "--rollout_steps", "50", "--step
 def here(monkeypatch):
     """Rollouts in threads of this process, and no time spent on estimates."""
     monkeypatch.setattr(train, "open_pool", lambda config: ThreadPoolExecutor(config.workers))
-    monkeypatch.setattr(train, "estimate", lambda config, stage: {})
+    monkeypatch.setattr(train, "estimate", lambda *_: {})
     monkeypatch.setattr(train, "draw_curves", lambda run: None)
     monkeypatch.setattr(train.os, "fsync", lambda descriptor: None)
 
@@ -476,6 +476,14 @@ def test_without_dask_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(ImportError, match="pip install distributed"):
         train.open_pool(train.Config(scheduler="tcp://host:8786"))
+
+
+def test_the_estimate_counts_what_is_left():
+    config = train.Config(**train.PRESETS["smoke", "car"] | dict(workers=1))
+    whole, half = train.estimate(config, "rollouts", 0), train.estimate(config, "M", 29)
+    assert list(whole) == ["rollouts", "V", "M", "C"] and list(half) == ["M", "C"]
+    assert 0 < half["M"] < whole["M"] and 0.01 < sum(whole.values()) < 20
+    assert train.estimate(config, "done", 0) == {}
 
 
 def test_train_is_short():

@@ -466,7 +466,7 @@ def main(arguments=None):
     signal.signal(signal.SIGTERM, signal.default_int_handler)   # as Ctrl-C
     try:
         run = start(arguments)
-        minutes = estimate(run.config, run.state["stage"])
+        minutes = estimate(run.config, run.state["stage"], run.state["update"])
         print(f"{run.config.task}, preset {run.config.preset}, into {run.folder}: "
               f"about {sum(minutes.values()):.0f} minutes to go "
               f"({', '.join(f'{stage} {m:.1f}' for stage, m in minutes.items())})", flush=True)
