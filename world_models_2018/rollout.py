@@ -217,7 +217,7 @@ def estimate(config, stage, update):
     c, minutes, threads = config, {}, torch.get_num_threads()
     left = dict(rollouts=c.rollouts, V=c.vae_updates, M=c.m_updates, C=c.generations, done=0)
     left[stage] -= update
-    few = dataclasses.replace(c, steps=25, rollout_steps=100)
+    few = dataclasses.replace(c, steps=min(200, c.steps), rollout_steps=min(300, c.rollout_steps))
     theta = np.zeros(new_controller(c).size)
     v, m = new_models(c)
     x = torch.zeros(c.vae_batch, 64, 64, 3, dtype=torch.uint8)
