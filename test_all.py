@@ -4060,7 +4060,7 @@ def test_the_top_level_is_as_promised():
     names = {line.split("/")[0] for line in listing.stdout.splitlines()}
     assert {n for n in names if not n.startswith(".")} - {"results"} == {
         "README.md", "requirements.txt", "LICENSE", "vqvae.py", "convlstm.py", "dynamics.py",
-        "ppo.py", "atari.py", "train.py", "evaluate.py", "test_all.py"}
+        "ppo.py", "atari.py", "train.py", "evaluate.py", "test_all.py", "world_models_2018"}
 
 
 def test_the_readme_tells_the_truth_about_the_code():
