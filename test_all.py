@@ -1651,6 +1651,7 @@ class Eyes:
     def act(self, observations, temperature, state=None, instead=None):
         self.seen.append(observations[:, :, 0, 0].copy())                        # [B, 4]
         self.temperatures.append(temperature)
+        torch.rand(1)                                                # as a policy draws
         return (np.ones(len(observations), np.int64) if instead is None else instead), state
 
 
@@ -1712,8 +1713,8 @@ def test_what_is_collected_is_what_was_seen_and_done():
 def test_the_warm_up_learns_all_of_the_first_data_in_another_order_each_time(monkeypatch):
     """Section 3.4, "Warming Up": the VQ-VAE alone, 50 epochs, at the higher rate."""
     models = tiny_models(first_interactions=60, warmup_batch=20, warmup_epochs=3, warmup_lr=2e-3,
-                         warmup_lr_end=1e-3)
-    buffer, rows, rates, biases = noise(60), [], [], []
+                         warmup_lr_end=1e-3, foreground=40)
+    buffer, rows, rates, weights, biases = noise(60), [], [], [], []
     before = {n: copy.deepcopy(m.state_dict()) for n, m in models.networks().items()}
     observations, update = models.observations, models.vqvae_update
     monkeypatch.setattr(models, "observations",
@@ -1722,12 +1723,14 @@ def test_the_warm_up_learns_all_of_the_first_data_in_another_order_each_time(mon
     def vqvae_update(x, weight):
         biases.append(models.vqvae.decoder[-1].bias.mean().item())
         rates.append(models.optimizers["vqvae"].param_groups[0]["lr"])
+        weights.append(weight.item())
         return update(x, weight)
 
     monkeypatch.setattr(models, "vqvae_update", vqvae_update)
     buffer.frames //= 4                                              # dark: mean 32 of 255
     train.warm_up(a_run("warm_up", models=models, buffer=buffer))
     assert rates == pytest.approx([2e-3 - 1e-3 * i / 9 for i in range(9)])
+    assert weights[:5] == [40] * 5 and weights[8] == pytest.approx(40 * 0.1 ** (35 / 36))
     epochs = np.array(rows).reshape(3, 60)
     assert all(sorted(epoch) == list(range(60)) for epoch in epochs)
     assert all((epochs[a] != epochs[b]).any() for a, b in ((0, 1), (0, 2), (1, 2)))
@@ -1742,7 +1745,8 @@ def test_the_world_model_learns_on_new_windows_the_vqvae_in_every_third_step(mon
     """Section 3.4, "Fixed Representation Learning" and "Reward Loss": who learns when, how fast."""
     models = tiny_models(first_interactions=121, iterations=1, world_model_epochs=(3,), window=6,
                          dynamics_batch=4, vqvae_batch=5, vqvae_lr=1e-5, dynamics_lr=1e-3,
-                         dynamics_lr_end=5e-4, reward_lr=4e-3, teacher=0.5, context=2)
+                         dynamics_lr_end=5e-4, reward_lr=4e-3, teacher=0.5, context=2,
+                         foreground=30)
     said, windows = [], models.windows
     names = {"vqvae": models.vqvae_update, "dynamics": models.world_model_update}
 
@@ -1765,7 +1769,8 @@ def test_the_world_model_learns_on_new_windows_the_vqvae_in_every_third_step(mon
     assert len(dynamics) == total == 3 * 4
     # In steps 3, 6, 9 .., before the dynamics', at its own low rate, on five observations.
     assert [i for i, s in enumerate(said) if s[0] == "vqvae"] == [2, 6, 10, 14]
-    assert all(s[1] == [1e-5] and s[2][0].shape == (5, 4, 96, 96) for s in said if s[0] == "vqvae")
+    assert all(s[1] == [1e-5] and s[2][0].shape == (5, 4, 96, 96) and s[2][1] == 3
+               for s in said if s[0] == "vqvae")                     # a tenth of the foreground
     assert not any(s[3] for s in said) and not models.vqvae.training
     done = np.arange(total) / total
     assert np.allclose([s[1] for s in dynamics],
