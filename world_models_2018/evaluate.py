@@ -107,7 +107,7 @@ def judged(folder, episodes):
         scores = {
             name: [score for four in tqdm(
                 pool.map(partial(how, config, weights, theta), seeds),
-                f"{folder.name}, {name}", len(seeds), unit="x4") for score in four]
+                f"{folder.name}, {name}", len(seeds), unit="x4", disable=None) for score in four]
             for name, how in (("actual", play), ("virtual", dream))
             if name == "actual" or config.task == "doom"}
     finally:

@@ -226,7 +226,7 @@ def collect_rollouts(run, pool):
         file.truncate(state["records"] * record_type(c).itemsize)
         left = range(state["update"], c.rollouts)
         for records in tqdm(pool.map(partial(random_rollout, c), left), "rollouts", c.rollouts,
-                            initial=state["update"]):
+                            initial=state["update"], disable=None):
             file.write(records.tobytes())
             state["update"] += 1
             state["records"] += len(records)
@@ -247,7 +247,8 @@ def learn(run, model, lr, updates, loss_of, end=1.0, clip=math.inf):
         model.load_state_dict(state[stage])
         optimizer.load_state_dict(state["optimizer"])
     state[stage] = model.state_dict()                   # the model's own tensors: always current
-    bar = tqdm(range(state["update"], updates), stage, updates, initial=state["update"])
+    bar = tqdm(range(state["update"], updates), stage, updates, initial=state["update"],
+               disable=None)
     for update in bar:
         seed = seed_of(run.config.seed, LEARN_V if stage == "V" else LEARN_M, update)
         optimizer.param_groups[0]["lr"] = lr * end ** (update / updates)
@@ -302,7 +303,7 @@ def learn_m(run, pool):
     v.load_state_dict(state["V"])
     with torch.no_grad():                               # mu, logvar of all frames [N, 2, Z]
         latents = torch.cat([torch.stack(v.encode(torch.from_numpy(data["frame"][i:i + 500])), 1)
-                             for i in tqdm(range(0, len(data), 500), "V sees")])
+                             for i in tqdm(range(0, len(data), 500), "V sees", disable=None)])
     action, first, done = (torch.from_numpy(data[name].copy())
                            for name in ("action", "first", "done"))
     state["starts"] = latents[firsts[:1000]].clone()    # where Doom's dreams begin (code: 1000)
@@ -370,7 +371,8 @@ def evolve_c(run, pool):
     if "es" in state:
         es.load({k: v.numpy() if torch.is_tensor(v) else v for k, v in state["es"].items()})
     weights, rollout = pack(state), dream if c.task == "doom" else play
-    bar = tqdm(total=c.generations * c.population, initial=es.generation * c.population, desc="C")
+    bar = tqdm(total=c.generations * c.population, initial=es.generation * c.population, desc="C",
+               disable=None)
     while es.generation < c.generations:
         candidates, scores = es.ask(), []
         seeds = [seed_of(c.seed, VIRTUAL, es.generation, i) for i in range(c.trials)]
