@@ -376,7 +376,7 @@ def lock_folder(folder):
         pass                                        # no such locks on this system, or
     except OSError as error:                        # on this file system
         if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-            raise ValueError(f"cannot write {folder / 'lock'}: {error.strerror}") from error
+            raise ValueError(f"cannot write {folder}/lock: {error.strerror or error}") from error
     return file
 
 

@@ -186,7 +186,9 @@ def config_from(state):
     UserError for settings that are not ours, or not in the types that they should have.
     """
     kinds = {f.name: f.type for f in dataclasses.fields(Config)}
-    odd = sorted(set(state) - set(kinds)) if isinstance(state, dict) else ["no settings at all"]
+    odd = ["no settings at all"]
+    if isinstance(state, dict):
+        odd = sorted(str(name) for name in state if name not in kinds)
     if odd:
         raise UserError(f"settings of another version of train.py: {', '.join(odd)}; "
                         f"commit {OLDER} reads those of the one before")

@@ -351,6 +351,8 @@ def atari(game, interactions, seed, out, device):
     if (folder / "evaluation.json").exists():
         raise ValueError(f"{folder} already holds a run; choose another --seed or --out")
     folder.mkdir(parents=True, exist_ok=True)
+    for name in ("config.json", "metrics.csv", "evaluation.json"):      # of a stopped run, or links
+        (folder / name).unlink(missing_ok=True)
     run = {"game": game, "preset": "ppo", "seed": seed, "interactions": updates * 8 * 128}
     (folder / "config.json").write_text(json.dumps(run | {"iterations": -(-updates // 5)}))
     say(f"model-free PPO, {game}, {run['interactions']:,} interactions on {device}, into "

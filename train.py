@@ -32,7 +32,6 @@ import io
 import itertools
 import errno
 import json
-import math
 import os
 import pathlib
 import shlex
@@ -571,7 +570,6 @@ class Models:
         return contextlib.nullcontext()
 
 
-
 # ==================================================================================================
 # From here on: what every long run needs
 # ==================================================================================================
@@ -876,49 +874,52 @@ class Run:
     def restore(self, state):
         """Takes on what `state` returned; UserError if that was not a run with these settings."""
         try:
+            fits = all(type(state[name]) is type(getattr(self, name)) for name in PLAIN)
             for name in PLAIN:
                 setattr(self, name, state[name])
             self.sums = {k: v.to(self.device) for k, v in self.sums.items()}
             for name, network in self.models.networks().items():
                 network.load_state_dict(state["networks"][name])
             for name, optimizer in self.models.optimizers.items():
-                here = [{k: group[k] for k in ("lr", "capturable")}     # as this device has them
-                        for group in optimizer.param_groups]
-                optimizer.load_state_dict(state["optimizers"][name])
-                rates = [group["lr"] for group in optimizer.param_groups]
-                for group, ours in zip(optimizer.param_groups, here):
-                    group |= ours
-                self.models.set_rates(name, *rates)
+                saved = state["optimizers"][name]       # of its settings the rates: ours fit us
+                optimizer.load_state_dict({"state": saved["state"], "param_groups":
+                                           optimizer.state_dict()["param_groups"]})
+                self.models.set_rates(name, *(float(g["lr"]) for g in saved["param_groups"]))
             torch.set_rng_state(state["torch_rng"])
             if state["cuda_rng"] is not None and self.device.type == "cuda":
                 torch.cuda.set_rng_state(state["cuda_rng"], self.device)
-            fits = self.is_consistent()
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+            fits = fits and self.is_consistent()
+        except Exception:                           # whatever other types and shapes provoke
             fits = False
-        if not fits:
-            raise UserError(f"{self.folder}: the checkpoint does not fit its own settings")
-        for number, sha256 in enumerate(self.shards, 1):
+        for number, sha256 in enumerate(self.shards if fits else (), 1):
             path = self.folder / f"experience-{number:02d}.npz"
             data = read_regular(path)
             if hashlib.sha256(data).hexdigest() != sha256:
                 raise UserError(f"{path} was altered: its SHA-256 is not the one in the checkpoint")
             self.buffer.add_bytes(data)
+        steps = sum(work(self.config, i)["collect"] for i in range(len(self.shards)))
+        if not fits or len(self.buffer) != steps:
+            raise UserError(f"{self.folder}: the checkpoint does not fit its own settings")
 
     def is_consistent(self):
         """Do position and figures fit the settings, and has each moment its weight's size?"""
         c, begun = self.config, self.iteration + (self.stage != "collect")
         here = work(c, self.iteration)[self.stage] if self.iteration < c.iterations else 0
-        figures = [*self.rows, *self.times, self.rates, {"iteration": self.update},
-                   *({"real_return": score} for score in self.returns)]
-        return (all(type(v) in (int, float) for row in figures for v in row.values())
+        figures = [*self.rows, *self.times, self.rates, dict(enumerate(self.returns))]
+        return (all(type(v) in (int, float) and abs(v) < 1e300 for row in figures
+                    for v in row.values())
+                and all({"iteration", "interactions"} <= set(row) for row in self.rows)
                 and all(set(row) == set(TIMES) for row in self.times)
                 and set(self.rates) == set(STAGES) and 0 <= self.update <= here
-                and all(v.shape == (2,) for v in self.sums.values())
+                and bool(self.returns) == (self.stage == "evaluate" and self.update > 0
+                                           or self.iteration == c.iterations)
                 and all(type(sha256) is str for sha256 in self.shards)
-                and len(self.shards) == len(self.rows) == begun <= len(self.times)
-                and all(s["exp_avg"].shape == s["exp_avg_sq"].shape == p.shape
-                        and s["step"].shape == () for o in self.models.optimizers.values()
-                        for p, s in o.state.items()))
+                and len(self.shards) == len(self.rows) == len(self.times) == begun
+                and all(v.shape == (2,) and v.is_floating_point() and not v.is_sparse
+                        for v in self.sums.values())
+                and all(m.shape == p.shape and not m.is_sparse and s["step"].shape == ()
+                        for o in self.models.optimizers.values() for p, s in o.state.items()
+                        for m in (s["exp_avg"], s["exp_avg_sq"])))
 
     def save(self):
         """Experience first, a file for each round, then the checkpoint with their SHA-256, then
@@ -992,8 +993,8 @@ def check(c):
     """Raises UserError for settings that can't work, naming the field."""
     for name, value in dataclasses.asdict(c).items():
         for v in value if isinstance(value, tuple) else (value,):
-            if type(v) in (int, float) and not (math.isfinite(v) and v >= 0):
-                raise UserError(f"--{name} must be a number of 0 or more, not {v}")
+            if type(v) in (int, float) and not 0 <= v <= 1e12:
+                raise UserError(f"--{name} must be a number from 0 to 1e12, not {v}")
         if name in POSITIVE and value == 0:
             raise UserError(f"--{name} must be more than 0")
         if name in ("vqvae_share", "teacher", "gamma", "lam", "explore") and value > 1:
@@ -1126,7 +1127,7 @@ def start(arguments):
     run = Run(config, folder, state)
     run.lock = lock
     free, need, hours = shutil.disk_usage(folder).free, run.disk_need(), run.seconds_left() / 3600
-    if free < need:
+    if free < need and run.iteration < run.config.iterations:
         raise UserError(f"{folder} has {free >> 20} MB free, this run needs about {need >> 20} MB; "
                         f"make room or choose another --out")
     if hours > 10_000:
