@@ -34,7 +34,6 @@ import json
 import math
 import os
 import pathlib
-import pickle
 import signal
 import sys
 import time
@@ -139,7 +138,7 @@ def read_checkpoint(folder):
                     print(f"warning: {problem}; going on from {name}", file=sys.stderr)
                 try:
                     return torch.load(io.BytesIO(data[32:]), weights_only=True)
-                except pickle.UnpicklingError:          # more than tensors and numbers: not ours
+                except Exception:                       # more than tensors and numbers: not ours
                     pass
             problem = f"{folder / name} is damaged"
     raise UserError(problem)
