@@ -891,14 +891,14 @@ class Run:
             fits = fits and self.is_consistent()
         except Exception:                           # whatever other types and shapes provoke
             fits = False
-        for number, sha256 in enumerate(self.shards if fits else (), 1):
-            path = self.folder / f"experience-{number:02d}.npz"
+        rounds = range(len(self.shards) if fits else 0)
+        for i in rounds:
+            path = self.folder / f"experience-{i + 1:02d}.npz"
             data = read_regular(path)
-            if hashlib.sha256(data).hexdigest() != sha256:
+            if hashlib.sha256(data).hexdigest() != self.shards[i]:
                 raise UserError(f"{path} was altered: its SHA-256 is not the one in the checkpoint")
             self.buffer.add_bytes(data)
-        steps = sum(work(self.config, i)["collect"] for i in range(len(self.shards)))
-        if not fits or len(self.buffer) != steps:
+        if not fits or len(self.buffer) != sum(work(self.config, i)["collect"] for i in rounds):
             raise UserError(f"{self.folder}: the checkpoint does not fit its own settings")
 
     def is_consistent(self):
