@@ -1404,9 +1404,16 @@ def test_the_baseline_leaves_a_run_that_evaluate_reads(tmp_path, capsys, monkeyp
         played.append(seed), [float(len(played))] * 8)[1])
     monkeypatch.setattr(sys, "argv", ["ppo.py", *f"--game Breakout --interactions 2100 --out "
                                       f"{tmp_path} --seed 3 --device cpu".split()])
+    victim, folder = tmp_path / "victim", tmp_path / "Breakout-ppo-s3"
+    victim.write_text("precious")
+    folder.mkdir()
+    for name in ("config.json", "metrics.csv"):
+        (folder / name).symlink_to(victim)
+    (folder / "evaluation.json").symlink_to(tmp_path / "nowhere")
     ppo.main()
+    assert victim.read_text() == "precious" and not (tmp_path / "nowhere").exists()
     assert played == [10**6 + 3 + n for n in (0, 8, 16, 24)]
-    said, folder = capsys.readouterr().out, tmp_path / "Breakout-ppo-s3"
+    said = capsys.readouterr().out
     assert "training takes about" in said and "mean 2.5" in said and "over 32 episodes" in said
     result = json.loads((folder / "evaluation.json").read_text())
     assert result["returns"] == [1.0] * 8 + [2.0] * 8 + [3.0] * 8 + [4.0] * 8
@@ -3701,6 +3708,61 @@ def test_damaged_files_never_give_a_wrong_run(tmp_path, whole):
     assert clear > 5 and correct > 5
 
 
+def test_a_checkpoint_of_other_types_is_refused_in_one_line(tmp_path, monkeypatch):
+    """Sealed, but not what `state` writes: names, types and sizes are checked before any work."""
+    monkeypatch.setattr(train, "measure_rates", lambda c, n: dict.fromkeys(train.STAGES, 1.0))
+    given = vars(train.parse(TINY))
+    run = train.Run(train.settings_from({k: given[k] for k in given if k not in
+                                         ("resume", "override")}), tmp_path)
+    for parameter in run.models.policy.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    run.models.optimizers["policy"].step()
+    good, two = copy.deepcopy(run.state()), torch.ones(2)
+
+    def first(state, part):
+        optimizer = state["optimizers"]["policy"]
+        return (optimizer["param_groups"] if part else optimizer["state"])[0]
+
+    begun = {"stage": "warm_up", "shards": ["0"], "rows": [{"iteration": 1, "interactions": 120}],
+             "times": [dict.fromkeys(train.TIMES, 1.0)]}
+    run.restore(good | {"times": []})
+    with pytest.raises(ValueError, match="cannot read"):         # what begun stands for is right
+        run.restore(good | begun)
+    for wrong in ({"update": 0.0}, {"iteration": False}, {"shards": ()}, {"shards": None},
+                  begun | {"rows": [{}]}, begun | {"rows": [{"iteration": 10**400}]},
+                  begun | {"times": [dict.fromkeys(train.TIMES, math.inf)]},
+                  begun | {"times": 2 * begun["times"]}, begun | {"returns": [math.nan]},
+                  {"iteration": 2, "rows": 2 * begun["rows"], "times": 2 * begun["times"],
+                   "shards": ["0", "0"]}, {"rates": dict.fromkeys(train.STAGES, 10**400)},
+                  *({"sums": {"entropy": v}} for v in (two.long(), two.to_sparse(), two * 1j))):
+        with pytest.raises(train.UserError, match="does not fit its own settings"):
+            run.restore(good | wrong)
+    for part, name, value in ((1, "lr", None), (1, "lr", two), (0, "exp_avg", two.to_sparse()),
+                              (0, "exp_avg_sq", first(good, 0)["exp_avg_sq"].to_sparse())):
+        state = copy.deepcopy(good)
+        first(state, part)[name] = value
+        with pytest.raises(train.UserError, match="does not fit its own settings"):
+            run.restore(state)
+    state = copy.deepcopy(good)
+    first(state, 1).update(betas=None, amsgrad=True, eps="x")    # not taken from there
+    run.restore(state)
+    assert same(run.state(), good)
+
+
+def test_settings_of_other_types_or_of_no_machine_are_refused(tmp_path):
+    """A checkpoint without settings, keys that are no names, numbers beyond all bounds."""
+    (tmp_path / "checkpoint.pt").write_bytes(train.sealed({"schema": train.SCHEMA}))
+    assert_main_refuses("no settings at all", train.main, "--resume", tmp_path)
+    with pytest.raises(train.UserError, match="another version of train.py: 1, x"):
+        evaluate.config_from({"x": 1, 1: 2})
+    for wrong in ({"ppo_updates": (10**400,) * 15}, {"scale": 1e300}, {"gamma": math.nan}):
+        with pytest.raises(train.UserError, match="from 0 to 1e12"):
+            train.check(train.Config(**wrong))
+    for wrong in ({"vqvae_width": 1e9}, {"policy_width": 1e9}, {"hidden": 10**9}):
+        with pytest.raises(train.UserError, match="GB of memory"):
+            train.check(train.Config(**wrong))
+
+
 def test_full_disk_keeps_the_old_checkpoint_and_goes_on(tmp_path, whole):
     """No space left during some saves: a warning, the old checkpoint stays whole, and the run ends
     as if nothing had been."""
@@ -3757,6 +3819,12 @@ def test_one_process_per_folder_and_honest_refusals(tmp_path):
     lock = atari.lock_folder(folder)                                 # this process is the first
     refused("--resume", str(folder), contains=["another process"])
     lock.close()
+    assert in_child(["--resume", str(folder)], patch=lambda: setattr(        # nothing is missing
+        shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000)))[0] == 0
+    os.rename(folder / "lock", folder / "lock.tmp")
+    os.mkfifo(folder / "lock")
+    refused("--resume", str(folder), contains=["lock", "not seekable"])
+    os.replace(folder / "lock.tmp", folder / "lock")
     refused("--resume", str(folder), "--game", "Pong", contains=["game", "Breakout", "Pong"])
     refused("--resume", str(folder), "--gamma", "0.5", contains=["gamma", "0.99", "0.5"])
     refused("--resume", str(folder), "--final_episodes", "2",

@@ -906,8 +906,7 @@ class Run:
         c, begun = self.config, self.iteration + (self.stage != "collect")
         here = work(c, self.iteration)[self.stage] if self.iteration < c.iterations else 0
         figures = [*self.rows, *self.times, self.rates, dict(enumerate(self.returns))]
-        return (all(type(v) in (int, float) and abs(v) < 1e300 for row in figures
-                    for v in row.values())
+        return (all(type(v) in (int, float) and abs(v) < 1e300 for f in figures for v in f.values())
                 and all({"iteration", "interactions"} <= set(row) for row in self.rows)
                 and all(set(row) == set(TIMES) for row in self.times)
                 and set(self.rates) == set(STAGES) and 0 <= self.update <= here
@@ -1010,10 +1009,11 @@ def check(c):
     # Bytes at least: all frames; weights, gradients, moments; pictures and codes of a batch.
     need = (9216 * (c.all_interactions() + 16 * (c.warmup_batch + c.vqvae_batch
                                               + c.dynamics_batch * c.window))
-            + 3200 * c.hidden**2 + 144 * (32 + c.hidden) * c.dreams * c.dream_steps)
+            + 3200 * c.hidden**2 + 6e7 * c.vqvae_width**2 + 2e7 * c.policy_width**2
+            + 144 * (32 + c.hidden) * c.dreams * c.dream_steps)
     pages = os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**28
     if need > 4096 * pages:
-        raise UserError(f"these settings need {need >> 30:,} GB of memory at least, here are "
+        raise UserError(f"these settings need {need / 2**30:,.0f} GB of memory at least, here are "
                         f"{pages >> 18:,}; lower what is far above the preset's")
     try:
         torch.zeros(1, device=c.device).cpu()
@@ -1110,7 +1110,7 @@ def start(arguments):
             raise UserError(f"there is no run folder {folder}")
         if any(folder.glob("checkpoint*.pt")) or not (folder / "config.json").exists():
             state = newest_checkpoint(folder)
-        saved = state["config"] if state else json.loads(read_regular(folder / "config.json"))
+        saved = state.get("config") if state else json.loads(read_regular(folder / "config.json"))
         config = resume_settings(config_from(saved), given, override)
     # Without a checkpoint there must be nothing to lose: no more than is left of a run that was
     # killed before its first save.
