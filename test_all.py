@@ -1455,17 +1455,6 @@ def test_the_baseline_leaves_a_run_that_evaluate_reads(tmp_path, capsys, monkeyp
     assert len(set(looks)) == len(looks)
 
 
-def run_as_script(monkeypatch, name, *arguments):
-    """`python NAME.py ARGUMENTS` in this process -> what it says if it fails, else None."""
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
-    monkeypatch.setattr(signal, "signal", lambda *_: None)           # the tests' own Ctrl-C stays
-    monkeypatch.setenv("MPLBACKEND", "Agg")
-    try:
-        runpy.run_path(str(HERE / f"{name}.py"), run_name="__main__")
-    except SystemExit as stop:
-        return stop.code
-
-
 def test_the_baseline_of_any_seed_without_a_listener(tmp_path, monkeypatch):
     """A seed near the emulators' last, the game in another spelling, stdout a closed pipe: all
     that counts is in the folder, under the game's own name; CartPole has only its words to give."""
@@ -1495,7 +1484,7 @@ def test_the_baseline_of_any_seed_without_a_listener(tmp_path, monkeypatch):
     for line in (["ppo", "--steps", 1024],
                  ["dynamics", "--updates", 1, "--out", tmp_path / "x.png"]):
         monkeypatch.setattr(sys, "stdout", types.SimpleNamespace(write=closed, flush=closed))
-        assert run_as_script(monkeypatch, *line) == "error: Broken pipe"
+        assert demo(monkeypatch, *line) == "error: Broken pipe"
         assert sys.stdout is None              # or the interpreter would try once more at the end
 
 
@@ -1512,7 +1501,7 @@ def test_demos_refuse_bad_flags_in_one_line_before_any_work(name, flags, monkeyp
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "file").touch()
     for arguments in flags.replace("/--", "|--").split("|"):
-        line = run_as_script(monkeypatch, name, *arguments.split())
+        line = demo(monkeypatch, name, *arguments.split())
         assert isinstance(line, str) and re.fullmatch("error: .+", line), (arguments, line)
         word = re.search(r"[\w.]+(?==| |$)", arguments.split(" ")[0]).group()
         assert word in line or arguments.split(" ")[1].split("/")[0] in line, (arguments, line)
@@ -1522,7 +1511,7 @@ def test_demos_refuse_bad_flags_in_one_line_before_any_work(name, flags, monkeyp
 def test_the_demo_of_the_dynamics(monkeypatch, tmp_path, capsys):
     """It says how much of its dreams is right and saves them, whatever matplotlib is set to."""
     monkeypatch.setitem(matplotlib.rcParams, "text.usetex", True)
-    assert not run_as_script(monkeypatch, "dynamics", "--updates", 2, "--out", tmp_path / "x.png")
+    assert not demo(monkeypatch, "dynamics", "--updates", 2, "--out", tmp_path / "x.png")
     said = capsys.readouterr().out
     assert re.findall(r"at temperature ([\d.]+): after 1 step", said) == ["1.0", "0.5"]
     assert (tmp_path / "x.png").stat().st_size > 5000

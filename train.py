@@ -15,9 +15,9 @@ long run needs* stands the rest: speed, the clock, checkpoints, the command line
     policy        dreams from real moments, PPO on what was dreamed, and on nothing else
     evaluate      whole real episodes, from which nothing learns
 
-All randomness follows from `seed`: batches are drawn by numpy generators that are a function of
-(seed, round, stage, epoch) alone, everything else by torch's global generator, whose state is in
-the checkpoint. So a run that was killed and resumed ends bit for bit as one that never was.
+All randomness follows from `seed`: numpy generators, each a function of (seed, round, stage, epoch
+or update) alone, draw batches and seed the emulator; torch's global generator, whose state is in
+the checkpoint, draws the rest. So a run that was killed ends bit for bit as one that never was.
 
 Dimension key:  B batch   L = 11 observations in a window   T = 50 dreamed steps   K = 128 codes
                 M actions   N rows of the buffer
@@ -121,7 +121,7 @@ class Config:
     dreams: int = setting(16, "dreams side by side (released)")
     dream_steps: int = setting(50, "steps until every dream ends (paper 3.4)")
     dream_context: int = setting(0, "real steps the dynamics has seen when a dream begins (ours)")
-    temperature: float = setting(1.0, "of the codes in dreams (Ha & Schmidhuber, Table 2)")
+    temperature: float = setting(1.0, "of all codes drawn by the model (Ha & Schmidhuber, Table 2)")
     policy_memory: bool = setting(False, "the policy also sees h of the second cell (paper, Eq. 5)")
     ppo_updates: tuple = setting(
         (1000,) * 7 + (2000,) + (1000,) * 3 + (2000,) + (1000,) * 2 + (3000,),
@@ -207,8 +207,8 @@ def collect(run):
     """Real experience: uniformly random actions in the first round, then those of the policy as the
     dreams left it, drawn at a higher temperature.
 
-    Each round starts with a new episode, and cuts the last one (truncated), so a round depends on
-    nothing but its seed.
+    Each round starts with a new episode and cuts the last one (truncated): no state of the emulator
+    has to outlive a round.
     """
     c, env, buffer, rng = run.config, run.env, run.buffer, run.numpy_rng()
     begin, steps = len(buffer), work(c, run.iteration)["collect"]
@@ -423,7 +423,7 @@ class Models:
 
         x uint8 [B, L, 4, 96, 96] or, where they are known, its codes int64 [B, L, 6, 6];
         actions int64, rewards float, ends bool [B, L];
-        terminated bool [B, L]: what predict_ends is to predict, the end of a game or of a life;
+        terminated bool [B, L]: what predict_ends is to predict, ends of games and lives, or None;
         context: so many inputs are true, the others the model's own samples.
         """
         with self.autocast():
