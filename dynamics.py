@@ -180,8 +180,7 @@ class Dynamics(nn.Module):
         context  the first `context` inputs are true codes; from there on the model reads its own
                  samples, as it will in the dream
         reward_weight  the paper scales the reward loss down so that its gradient can't disturb the
-                 trunk (Section 3.4), and raises the head's learning rate. (The released code sums
-                 the code loss over the 36 places: there the reward weighs 36 times less.)
+                 trunk (Section 3.4), and raises the head's learning rate
         terminated bool [B, L], what the third head is to predict, if there is one: the game or a
                  life was over after a_t (not: recording was cut there); None: the same as ends
         temperature  of the model's own samples, as in `dream`
@@ -240,7 +239,10 @@ class Dynamics(nn.Module):
             said = (logits > math.log(END_WEIGHT)).float()
             parts |= {"end_loss": end_loss, "end_true": over.mean(), "end_predicted": said.mean(),
                       "end_right": (said * over).mean()}
-        return code_loss + reward_weight * heads_loss, {k: v.detach() for k, v in parts.items()}
+        # Eq. 6 is a product over the places: its log-likelihood is their sum, here 36 means.
+        places = codes[0, 0].numel()
+        return (places * code_loss + reward_weight * heads_loss,
+                {k: v.detach() for k, v in parts.items()})
 
 
 @torch.no_grad()

@@ -819,7 +819,7 @@ def test_dynamics_loss_against_plain_loops():
             reward_right[target].append(reward_logits[0].argmax().item() == target)
     assert parts["code_loss"].item() == pytest.approx(np.mean(code_losses), rel=1e-5)
     assert parts["reward_loss"].item() == pytest.approx(np.mean(reward_losses), rel=1e-5)
-    expected = np.mean(code_losses) + 0.3 * np.mean(reward_losses)
+    expected = 36 * np.mean(code_losses) + 0.3 * np.mean(reward_losses)     # Eq. 6: a product
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     assert parts["code_accuracy"].item() == pytest.approx(np.mean(code_right), rel=1e-5)
     for k, name in enumerate(("minus", "zero", "plus")):
@@ -1007,7 +1007,7 @@ def test_the_third_head_against_plain_loops():
                 state = dynamics.initial_state(1)
     assert sum(truth) == 2
     assert parts["end_loss"].item() == pytest.approx(np.mean(losses), rel=1e-4)
-    assert loss.item() == pytest.approx((parts["code_loss"] + 0.3 * (
+    assert loss.item() == pytest.approx((36 * parts["code_loss"] + 0.3 * (
         parts["reward_loss"] + parts["end_loss"])).item(), rel=1e-5)
     assert parts["end_true"].item() == pytest.approx(2 / 15)
     assert parts["end_predicted"].item() == pytest.approx(np.mean(said))
@@ -3920,7 +3920,7 @@ class Straightforward:
         for t in range(L - 1):
             code_p, reward_p, state = self.dynamics_step(given, actions[:, t], state)
             inside = 1 - ends[:, t].float()
-            code_loss = code_loss - (code_p.log_prob(z[:, t + 1]).mean((1, 2)) * inside).sum()
+            code_loss = code_loss - (code_p.log_prob(z[:, t + 1]).sum((1, 2)) * inside).sum()
             target = rewards[:, t].clamp(-1, 1).round().long() + 1
             reward_loss = reward_loss - reward_p.log_prob(target).mean() / (L - 1)
             given = z[:, t + 1].clone()
@@ -4070,7 +4070,7 @@ def test_world_model_update_is_the_straightforward_one(monkeypatch):
     rows = np.array([[10], [30]]) + np.arange(7)
     parts = models.world_model_update(*models.windows(buffer, rows), 3)
     loss = straight.world_model_update(*straight.windows(buffer, rows), 3)
-    ours = parts["code_loss"] + models.config.reward_weight * parts["reward_loss"]
+    ours = 36 * parts["code_loss"] + models.config.reward_weight * parts["reward_loss"]
     assert ours.item() == pytest.approx(loss.item(), rel=1e-5)
     assert_same_step(models.dynamics, straight.dynamics)
 

@@ -105,8 +105,7 @@ class Config:
     dynamics_lr: float = setting(5e-4, "Adam's learning rate (released)")
     dynamics_lr_end: float = setting(5e-4, "falls to this in each round, linearly (ours)")
     reward_lr: float = setting(1e-3, "reward head's learning rate, 'higher' (paper 3.4; released)")
-    reward_weight: float = setting(1e-6, "weight of the reward loss, tiny (paper 3.4; released: "
-                                   "beside a sum over the 36 codes, ours is beside their mean)")
+    reward_weight: float = setting(1e-6, "weight of the reward loss, tiny (paper 3.4; released)")
     dynamics_batch: int = setting(4, "windows per update (released)")
     window: int = setting(11, "observations per window: 10 predictions (released)")
     context: int = setting(4, "inputs that are true codes; then the model's samples (released)")
