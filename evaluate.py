@@ -780,7 +780,7 @@ def virtual_scores(models, buffer, steps, most=256):
     -> {"real": in the game, one of TEMPERATURES: in a dream from there at it}, each float [n].
     """
     rows = stretches(buffer, steps, most, "of a dream")                              # [n, steps]
-    codes, state = models.starts(buffer, rows[:, 0])
+    codes, state = models.starts(buffer, rows[:, 0], models.encode_all(buffer))
     scores = {"real": (reward_class(torch.from_numpy(buffer.rewards[rows])) - 1).sum(1)}
     for temperature in TEMPERATURES:
         with models.autocast():

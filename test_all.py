@@ -987,7 +987,7 @@ def test_the_third_head_against_plain_loops():
     terminated[2, 0] = False                   # there recording was cut
     torch.nn.init.normal_(dynamics.end_head.linear2.weight, 0, 3)
     loss, parts = dynamics.loss(codes, actions, rewards, ends, embed, context=6, reward_weight=0.3,
-                                terminated=terminated)
+                                over=terminated)
     losses, truth, said = [], [], []
     for b in range(3):
         state = dynamics.initial_state(1)
@@ -1019,7 +1019,7 @@ def test_the_third_head_against_plain_loops():
     torch.nn.init.zeros_(dynamics.end_head.linear2.weight)
     with torch.no_grad():
         dynamics.end_head.linear2.bias[:] = math.log(2 / 13) + math.log(100)
-    dynamics.loss(codes, actions, rewards, ends, embed, terminated=terminated)[0].backward()
+    dynamics.loss(codes, actions, rewards, ends, embed, over=terminated)[0].backward()
     assert dynamics.end_head.linear2.bias.grad.abs() < 1e-6 * 1e-4   # of 1e-6 times the gradient
 
 
@@ -1947,10 +1947,8 @@ def test_a_dream_remembers_the_steps_before_it(monkeypatch):
                np.arange(12) == 4, np.arange(12) == 11)
     rows = np.array([0, 2, 4, 5, 6, 8, 11])
     known = models.encode_all(buffer)
-    codes, state = models.starts(buffer, rows)
+    codes, state = models.starts(buffer, rows, known)
     assert torch.equal(codes, known[torch.from_numpy(rows)].long())
-    for again in zip(state, models.starts(buffer, rows, known)[1]):
-        torch.testing.assert_close(*again)     # with the codes of all experience at hand
     for i, (row, begun) in enumerate(zip(rows, [0, 0, 0, 5, 5, 5, 5])):
         own = models.dynamics.initial_state(1)
         for t in range(max(row - 3, begun), row):
@@ -1963,7 +1961,7 @@ def test_a_dream_remembers_the_steps_before_it(monkeypatch):
     monkeypatch.setattr(train, "dream", lambda *a: seen.append(a) or dream(*a))
     models.policy_update(codes, state)
     assert inspect.signature(dream).bind(*seen[0]).arguments["start_state"] is state
-    paper = tiny_models().starts(buffer, rows)[1]                    # remembers nothing
+    paper = tiny_models().starts(buffer, rows, known)[1]             # remembers nothing
     assert not any(part.any() for cell in paper for part in cell)
 
 
@@ -3173,7 +3171,7 @@ def test_virtual_scores_against_plain_loops(monkeypatch, capsys):
         given.apply_defaults()
         length, temperature, memory, state = (given.arguments[name] for name in (
             "steps", "temperature", "memory", "start_state"))
-        codes, remembered = models.starts(buffer, np.array(starts))
+        codes, remembered = models.starts(buffer, np.array(starts), models.encode_all(buffer))
         assert torch.equal(given.arguments["start_codes"], codes) and memory
         torch.testing.assert_close(state, remembered)
         dones = torch.zeros(length, 76, dtype=torch.bool)
@@ -3912,7 +3910,7 @@ class Straightforward:
         code_p = torch.distributions.OneHotCategorical(logits=d.code_head(y).permute(0, 2, 3, 1))
         return code_p, torch.distributions.Categorical(logits=d.reward_head(y)), [first, second]
 
-    def world_model_update(self, x, actions, rewards, ends, terminated, context):
+    def world_model_update(self, x, actions, rewards, ends, over, context):
         B, L = ends.shape
         with torch.no_grad():
             z = self.quantise(self.vqvae.encoder(x.flatten(0, 1)))[1].view(B, L, 6, 6, -1)
@@ -4079,7 +4077,7 @@ def test_policy_update_is_the_straightforward_one(monkeypatch):
     """Section 3.4: the same dream, the same gradients of PPO's last minibatch."""
     models, straight, buffer = both_ways(monkeypatch, dream_steps=6, minibatch=9)
     torch.manual_seed(1)
-    parts = models.policy_update(*models.starts(buffer, np.arange(5)))
+    parts = models.policy_update(*models.starts(buffer, np.arange(5), models.encode_all(buffer)))
     torch.manual_seed(1)
     straight.policy_update(*straight.starts(buffer, range(5)))
     assert parts["value_loss"] > 0 and parts["dream_return"] != 0
@@ -4178,7 +4176,7 @@ def comparable(preset, **settings):
 def stage_jobs(config, models, buffer):
     """Work of each stage on random rows: {name: (units, function that does so many at once)}. Of
     collect a unit is a step of one environment, of evaluate one step of eight, else an update."""
-    c, rng = config, np.random.default_rng(0)
+    c, rng, codes = config, np.random.default_rng(0), models.encode_all(buffer)
 
     def observations(n):
         return models.observations(buffer, rng.integers(len(buffer), size=n))
@@ -4199,7 +4197,7 @@ def stage_jobs(config, models, buffer):
         "vqvae": (1, lambda: models.vqvae_update(observations(c.vqvae_batch))),
         "world_model": (1, world_model),
         "policy": (1, lambda: models.policy_update(*models.starts(
-            buffer, rng.integers(len(buffer), size=c.dreams)))),
+            buffer, rng.integers(len(buffer), size=c.dreams), codes))),
         "evaluate": (10, lambda: act(8, 10))}
 
 

@@ -11,7 +11,7 @@ long run needs* stands the rest: speed, the clock, checkpoints, the command line
     collect       a_t ~ policy (round 1: uniformly random)        real steps -> buffer
     warm_up       round 1 only: the VQ-VAE alone, x_t -> z_t -> x_t
     world_model   dynamics (z_t, a_t, h_{t-1}) -> z_{t+1}, r_t    on windows of the buffer;
-                  the VQ-VAE goes on learning in every third step
+                  the VQ-VAE goes on learning in every third step (`vqvae_every`)
     policy        dreams from real moments, PPO on what was dreamed, and on nothing else
     evaluate      whole real episodes, from which nothing learns
 
@@ -71,9 +71,10 @@ class Config:
     """
 
     game: str = setting("Freeway", "Atari game as in the paper's tables, e.g. Pong or BankHeist")
-    preset: str = setting("paper", "paper: the paper's size; small: 2 CPU cores; smoke: 2 minutes")
+    preset: str = setting("paper", "paper (default on CUDA): the paper's size; small (default "
+                          "elsewhere): 2 CPU cores; smoke: 2 minutes")
     seed: int = setting(0, "seed of all randomness, below 2**31")
-    device: str = setting("cpu", "torch device: cuda, cpu (default: cuda where it is there)")
+    device: str = setting("cpu", "torch device: cuda (default where it is there) or cpu")
     out: str = setting("runs", "folder in which the run's own folder is made")
     scale: float = setting(1.0, "multiplies all numbers of updates: more time, or less (ours)")
     checkpoint_minutes: float = setting(4.0, "save at least this often: no more work can be lost")
@@ -103,8 +104,10 @@ class Config:
     # Dynamics (Section 3.2-3.3)
     hidden: int = setting(128, "channels of each ConvLSTM cell (paper, Table 3)")
     dynamics_lr: float = setting(5e-4, "Adam's learning rate (released)")
-    dynamics_lr_end: float = setting(5e-4, "falls to this in each round, linearly (ours)")
-    reward_lr: float = setting(1e-3, "reward head's learning rate, 'higher' (paper 3.4; released)")
+    dynamics_lr_end: float = setting(5e-4, "falls to this in each round, from a start that falls "
+                                     "with 1 / sqrt(round) (ours)")
+    reward_lr: float = setting(1e-3, "of the heads for rewards and ends, 'higher' (paper 3.4; "
+                               "released); falls in each round by the factor of dynamics_lr")
     reward_weight: float = setting(1e-6, "weight of the reward loss, tiny (paper 3.4; released)")
     dynamics_batch: int = setting(4, "windows per update (released)")
     window: int = setting(11, "observations per window: 10 predictions (released)")
@@ -265,10 +268,9 @@ def warm_up(run):
 
 def learn_world_model(run):
     """Dynamics on windows of real experience; the VQ-VAE, slowed down, in every third step
-    ("Fixed Representation Learning": the targets of the dynamics move with it).
+    (vqvae_every; "Fixed Representation Learning": the targets of the dynamics move with it).
 
-    With vqvae_share < 1 the VQ-VAE stands still in the rest of the round, and all codes are
-    computed once.
+    After vqvae_share of a round the VQ-VAE stands still, and all codes are computed once.
     """
     c, models, buffer, order, codes = run.config, run.models, run.buffer, None, None
     run.codes = None                                # the VQ-VAE is about to change
@@ -308,7 +310,7 @@ def learn_policy(run):
     random from all that was collected ("randomly selecting the initial observation").
     """
     c, models, buffer = run.config, run.models, run.buffer
-    codes = run.all_codes() if c.vqvae_share < 1 else None
+    codes = run.all_codes()                         # the VQ-VAE stands still by now
     for update in run.updates(work(c, run.iteration)["policy"]):
         rows = run.numpy_rng(update).integers(len(buffer), size=c.dreams)
         run.add(models.policy_update(*models.starts(buffer, rows, codes)), update)
@@ -322,8 +324,8 @@ def evaluate(run):
     for first in run.updates(episodes, group):
         seeds = run.numpy_rng(first).integers(2**31, size=min(group, episodes - first)).tolist()
         with run.other_dice(seeds[0]):
-            scores = play_episodes(run.models, c.game, seeds, 1.0, lambda: run.stop_signal,
-                                   run.label())
+            scores = play_episodes(run.models, c.game, seeds, temperature=1.0,     # (released)
+                                   stopped=lambda: run.stop_signal, label=run.label())
         if scores is None:
             run.leave()                             # the group is played again
         returns += scores
@@ -364,8 +366,7 @@ class Models:
             self.policy = ActorCritic(num_actions, width=config.policy_width,
                                       code_dim=32 + config.hidden * config.policy_memory)
             # What the game looks like without what moves, for `foreground`: see find_backgrounds.
-            self.backgrounds = torch.zeros(1, 96, 96, dtype=torch.uint8)
-            self.pictures = torch.zeros(2**DOUBLINGS, 96, 96, dtype=torch.uint8)
+            self.backgrounds = torch.zeros(2**DOUBLINGS, 96, 96, dtype=torch.uint8)
         self.embed = self.vqvae.embed           # codes -> what dynamics and policy see of them
         self.vqvae.eval()                       # train() only around its own updates: batch norms
         self.acting = functools.partial(acting, self)       # a context that makes `act` faster
@@ -408,7 +409,7 @@ class Models:
         weight: extra weight of foreground pixels, a scalar tensor, or None.
         """
         if weight is not None:
-            weight = foreground_weight(x, self.pictures, weight)
+            weight = foreground_weight(x, self.backgrounds, weight)
         self.vqvae.train()
         with self.autocast():
             loss, parts = self.vqvae.loss(x, weight)
@@ -417,12 +418,14 @@ class Models:
         return parts
 
     @replayed
-    def world_model_update(self, x, actions, rewards, ends, terminated, context):
-        """One gradient step of the dynamics on windows (`windows`) -> parts of its loss.
+    def world_model_update(self, x, actions, rewards, ends, over, context):
+        """One gradient step of the dynamics on windows (`windows`) -> parts of its loss. The VQ-VAE
+        learns nothing from it: codes are integers.
 
         x uint8 [B, L, 4, 96, 96] or, where they are known, its codes int64 [B, L, 6, 6];
-        actions int64, rewards float, ends bool [B, L];
-        terminated bool [B, L]: what predict_ends is to predict, ends of games and lives, or None;
+        actions int64, rewards float [B, L];
+        ends bool [B, L]: another episode follows; over bool [B, L]: a game or a life was lost, what
+        predict_ends is to predict, or None;
         context: so many inputs are true, the others the model's own samples.
         """
         with self.autocast():
@@ -431,14 +434,15 @@ class Models:
                 codes = self.vqvae.encode(x.flatten(0, 1)).unflatten(0, x.shape[:2])
             loss, parts = self.dynamics_loss(
                 codes, actions, rewards, ends, self.embed, context, self.config.reward_weight,
-                terminated, self.config.temperature)
+                over, self.config.temperature)
         self.step("dynamics", loss)
         return parts
 
     @replayed
     def policy_update(self, codes, state=None):
-        """Dreams from codes int64 [B, 6, 6], with what the dynamics remembers there
-        (None: nothing), then PPO on what was dreamed -> parts.
+        """Dreams from codes int64 [B, 6, 6], with what the dynamics remembers there (None:
+        nothing), for T steps or, with predict_ends, until the dynamics says that it is over; then
+        PPO on what was dreamed -> parts.
         """
         c = self.config
         with self.autocast():
@@ -491,7 +495,7 @@ class Models:
         return self.to_device(buffer.stacked(rows))
 
     def windows(self, buffer, rows, codes=None):
-        """Rows int [B, L] -> what world_model_update wants: x, actions, rewards, ends, terminated;
+        """Rows int [B, L] -> what world_model_update wants: x, actions, rewards, ends, over;
         x are codes instead of observations if those of the whole buffer are given.
         """
         terminated, over = buffer.terminated[rows], None
@@ -504,39 +508,36 @@ class Models:
                 self.to_device(terminated | buffer.truncated[rows]), over)
 
     @torch.no_grad()
-    def starts(self, buffer, rows, codes=None):
+    def starts(self, buffer, rows, codes):
         """What a dream begins with: the codes of rows, int numpy [B], and the dynamics' state after
         the `dream_context` real steps that lead there (fewer where the episode is younger; none in
-        the paper) -> int64 [B, 6, 6], state. codes: those of the whole buffer, where known.
+        the paper) -> int64 [B, 6, 6], state. codes: those of the whole buffer (`encode_all`).
         """
-        def codes_of(rows):
-            return (self.encode_all(buffer, rows) if codes is None
-                    else codes[self.to_device(rows)]).long()
-
         state = self.dynamics.initial_state(len(rows))
         for back in range(self.config.dream_context, 0, -1):
             before = np.maximum(rows - back, 0)
+            z = codes[self.to_device(before)].long()
             actions = self.to_device(buffer.actions[before].astype(np.int64))
             with self.autocast():
-                _, _, state = self.dynamics(self.embed(codes_of(before)), actions, state)
+                _, _, state = self.dynamics(self.embed(z), actions, state)
             # What was seen of another episode is forgotten.
             state = forget(state, self.to_device(rows - back < buffer.start[rows]))
-        return codes_of(rows), state
+        return codes[self.to_device(rows)].long(), state
 
-    def encode_all(self, buffer, rows=None):
-        """Codes of all that was collected, or of rows (int [N]) of it, uint8 [N, 6, 6]."""
-        rows = np.arange(len(buffer)) if rows is None else rows
+    def encode_all(self, buffer):
+        """Codes of all that was collected, uint8 [N, 6, 6]."""
+        parts = np.array_split(np.arange(len(buffer)), -(-len(buffer) // 256))
         with self.autocast():
-            return torch.cat([self.vqvae.encode(self.observations(buffer, part)).to(torch.uint8)
-                              for part in np.array_split(rows, -(-len(rows) // 256))])
+            return torch.cat([self.vqvae.encode(self.observations(buffer, rows)).to(torch.uint8)
+                              for rows in parts])
 
     def find_backgrounds(self, buffer):
         """-> some 800 frames of the buffer; what they look like without what moves is kept."""
         frames = self.to_device(buffer.some_frames())
-        self.backgrounds = backgrounds(frames)
         # As many in each round, in the same memory: a recorded update reads them there.
-        again = torch.arange(len(self.pictures), device=self.device) % len(self.backgrounds)
-        self.pictures.copy_(self.backgrounds[again])
+        found = backgrounds(frames)
+        again = torch.arange(len(self.backgrounds), device=self.device) % len(found)
+        self.backgrounds.copy_(found[again])
         return frames
 
     # ---- numbers, on the device
@@ -664,16 +665,16 @@ def measure_rates(c, num_actions):
     rows = some(size=(c.dynamics_batch, c.window))
     moving, still = (seconds(models.world_model_update, *models.windows(buffer, rows, known),
                              c.context) for known in (None, codes))
-    if c.vqvae_share < 1:                           # then all codes are computed once a round
-        frames = sum(c.first_interactions + i * c.interactions for i in range(c.iterations))
-        updates = sum(work(c, i)["world_model"] for i in range(c.iterations))
-        still += seconds(models.encode_all, buffer) / len(buffer) * frames / max(updates, 1)
+    # All codes are computed once a round: so many observations for one update of the policy.
+    encoded = (sum(c.first_interactions + i * c.interactions for i in range(c.iterations))
+               / max(1, sum(work(c, i)["policy"] for i in range(c.iterations))))
+    encoding = seconds(models.encode_all, buffer) / len(buffer) * encoded
     starts = models.starts(buffer, some(size=c.dreams), codes)
     with models.acting():
         one, eight = (seconds(models.act, buffer.stacked(some(size=n)), 1.0) for n in (1, 8))
     return {"collect": one + emulator, "warm_up": warm_up, "world_model": c.vqvae_share * (
         moving + vqvae / c.vqvae_every) + (1 - c.vqvae_share) * still,
-            "policy": seconds(models.policy_update, *starts, warm=0),
+            "policy": seconds(models.policy_update, *starts, warm=0) + encoding,
             "evaluate": (eight / 8 + emulator) * 1500}              # steps of an episode
 
 
@@ -1049,9 +1050,9 @@ def parse(arguments):
         if f.name == "preset":
             how = dict(choices=tuple(PRESETS))
         default = ",".join(map(str, f.default)) if f.type is tuple else f.default
-        text = f"{f.metadata['help']} [{default}]".replace("%", "%%")
+        text = f.metadata["help"] + (f" [{default}]" if f.name not in ("preset", "device") else "")
         group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, **how,
-                           help=text if shown else argparse.SUPPRESS)
+                           help=text.replace("%", "%%") if shown else argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 
