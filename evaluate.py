@@ -39,7 +39,7 @@ from atari import AtariEnv, ExperienceBuffer, canonical_name
 from dynamics import DreamEnv, dream, open_loop, policy_input, reward_class, sample
 from train import (MAY_CHANGE, PRESETS, PROTOCOL, SCHEMA, STAGES, TIMES, Config, Models, UserError,
                    check, clock, read_regular, say, sealed, work, write_atomically)
-from vqvae import backgrounds, foreground_error
+from vqvae import foreground_error
 
 # Published: scores of a random policy and a human (Mnih et al., 2015, as the Atari 100K benchmark
 # uses them), and the paper's Tables 4 and 5, final scores of five runs after 100K interactions:
@@ -728,7 +728,6 @@ def fidelity(models, buffer, temperature=1.0, most=256):
     dreamed, paid = dream_along(models, buffer, rows, real, temperature)
     paid = paid.cpu().long()                                                         # [n, L - 1]
     true_paid = reward_class(torch.from_numpy(buffer.rewards[rows[:, :-1]])) - 1
-    pictures = backgrounds(models.to_device(buffer.some_frames())).cpu()
     table, still = [], real[:, CONTEXT - 1]
     still_frames = decoded(models, still)
     for k in HORIZONS:
@@ -741,8 +740,7 @@ def fidelity(models, buffer, temperature=1.0, most=256):
         for name, image in shown.items():
             row["pixel_error" + name] = 255 * float((image - truth).square().mean().sqrt())
         for name, image in shown.items():
-            row["foreground_error" + name] = float(foreground_error(truth[:, None], image[:, None],
-                                                                    pictures=pictures))
+            row["foreground_error" + name] = float(foreground_error(truth, image))
         mine, true = paid[:, CONTEXT - 1:t], true_paid[:, CONTEXT - 1:t]             # [n, k]
         right = int(((mine == true) & (true != 0)).sum())
         n_mine, n_true = int((mine != 0).sum()), int((true != 0).sum())
@@ -991,7 +989,7 @@ def world_model_picture(run):
     x = torch.cat([models.observations(buffer, part) for part in np.split(rows, 4)])
     with models.autocast():
         images = torch.cat([models.vqvae.decode(models.vqvae.encode(part)) for part in x.split(64)])
-    error = foreground_error(x.float() / 255, images, pictures=models.backgrounds)
+    error = foreground_error(x.float() / 255, images)
 
     # One stretch of real play in which something moves, dreamed along from its 4th observation on.
     length = min(28, len(buffer) - start)

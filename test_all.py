@@ -63,9 +63,8 @@ from atari import (AtariEnv, ExperienceBuffer, area_matrix, batches_per_epoch,
 from convlstm import ConvLSTMCell
 from dynamics import Dynamics, DreamEnv, dream, open_loop, reward_class, sample
 from ppo import ActorCritic, gae, ppo_loss, ppo_update
-from vqvae import (MAX_LOGIT, VQVAE, Codebook, backgrounds, continuous_bernoulli_mean,
-                   continuous_bernoulli_nll, foreground_error, foreground_weight, is_foreground,
-                   most_alike)
+from vqvae import (MAX_LOGIT, VQVAE, Codebook, continuous_bernoulli_mean, continuous_bernoulli_nll,
+                   foreground_error, is_foreground)
 
 HERE = pathlib.Path(__file__).resolve().parent
 torch.set_num_threads(1)                       # for networks this small, threads only wait
@@ -548,38 +547,13 @@ def test_vqvae_loss_and_its_parts():
 
 
 def test_foreground_weighs_more():
-    """vqvae.py, foreground_weight, pixel by pixel."""
+    """vqvae.py, is_foreground, pixel by pixel."""
     x = torch.full((2, 4, 3, 3), 100, dtype=torch.uint8)
     x[0, 2, 1, 1], x[1, 3, 0, 2], x[1, 0, 2, 2] = 111, 89, 110      # the last is too close to 100
-    pictures = backgrounds(torch.full((9, 3, 3), 100, dtype=torch.uint8))
-    weight = foreground_weight(x, pictures, 5.0)
+    weight = 1 + 5.0 * is_foreground(x, torch.full((3, 3), 100, dtype=torch.uint8))
     for b, c, i, j in np.ndindex(2, 4, 3, 3):
         moves = (b, c, i, j) in ((0, 2, 1, 1), (1, 3, 0, 2))
         assert weight[b, c, i, j] == (6.0 if moves else 1.0)
-
-
-def test_backgrounds_are_as_many_as_the_game_has():
-    """vqvae.py, backgrounds: mazes and flashes are told from the car that drives in them."""
-    rng = np.random.default_rng(0)
-    looks = rng.choice([40, 90, 140, 190], size=(5, 12, 12)).astype(np.uint8)
-    shown = rng.integers(5, size=200)
-    frames = looks[shown]
-    for i, (row, column) in enumerate(rng.integers(11, size=(200, 2))):
-        frames[i, row:row + 2, column:column + 2] = 5                   # the car, 4 of 144 pixels
-    tensor = torch.from_numpy(frames)
-    pictures = backgrounds(tensor)
-    assert 5 <= len(pictures) <= 8
-    assert (is_foreground(tensor, pictures).numpy() == (frames == 5)).mean() > 0.999
-    for i, nearest in enumerate(most_alike(tensor, pictures)):
-        distances = ((frames[i].astype(int) - pictures.numpy().astype(int))**2).sum((1, 2))
-        assert distances[nearest] == distances.min()
-
-    # One look: its median, pixel by pixel. In a game that has none it ends, too.
-    one = torch.from_numpy(np.where(frames == 5, frames, looks[0]))
-    assert torch.equal(backgrounds(one), one.median(0).values[None])
-    noise = torch.randint(256, (300, 12, 12), dtype=torch.uint8)
-    assert 32 < len(backgrounds(noise)) <= 64
-    assert len(backgrounds(noise[:1])) == 1
 
 
 def test_foreground_error_is_one_for_the_background_and_zero_for_perfect():
@@ -595,18 +569,6 @@ def test_foreground_error_is_one_for_the_background_and_zero_for_perfect():
     assert foreground_error(images, halfway) == pytest.approx(0.25)
     grey = images + 0.02 * (images == background)                    # errors elsewhere do not count
     assert foreground_error(images, grey) == 0
-
-    # In two mazes the median is neither; with a picture of each only the car counts.
-    mazes = torch.tensor([60, 200], dtype=torch.uint8).repeat_interleave(64).view(2, 8, 8)
-    of = torch.arange(9) % 2
-    images, there = mazes[of][:, None] / 255, torch.zeros(9, 1, 8, 8)
-    for i in range(9):
-        there[i, 0, i % 8, 3] = 1
-    images, empty = torch.where(there == 1, 0.5, images), images
-    assert foreground_error(images, empty) < 0.2                        # no car: hardly noticed
-    assert foreground_error(images, empty, pictures=mazes) == pytest.approx(1)
-    assert foreground_error(images, images, pictures=mazes) == 0
-    assert foreground_error(images, (images + empty) / 2, pictures=mazes) == pytest.approx(0.25)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -2249,7 +2211,7 @@ def test_compiled_updates_are_single_graphs_and_the_same(monkeypatch):
 
 
 def updates_of_all_stages(device="cpu", graphs=False):
-    """Updates with other rates, weights and backgrounds each time
+    """Updates with other rates, weights and a background each time
     -> (what they say, all weights after them, how many graphs there are of each function)."""
     torch.manual_seed(0)
     models = tiny_models(device, predict_ends=True, policy_memory=True)
@@ -2259,7 +2221,7 @@ def updates_of_all_stages(device="cpu", graphs=False):
         windows = [w.to(device) for w in tiny_windows()]
         x, fresh, buffer = windows[0][0], models.dynamics.initial_state(6), noise(40 + i)
         buffer.frames[:40:1 + i] = 0
-        models.find_backgrounds(buffer)
+        models.find_background(buffer)
         for name, rates in (("vqvae", [1e-3 / (i + 1)]), ("dynamics", [1e-3 / (i + 1), 1e-3 * i]),
                             ("policy", [1e-4 * i])):
             models.set_rates(name, *rates)
@@ -4176,7 +4138,8 @@ def comparable(preset, **settings):
 def stage_jobs(config, models, buffer):
     """Work of each stage on random rows: {name: (units, function that does so many at once)}. Of
     collect a unit is a step of one environment, of evaluate one step of eight, else an update."""
-    c, rng, codes = config, np.random.default_rng(0), models.encode_all(buffer)
+    c, rng = config, np.random.default_rng(0)
+    codes = torch.zeros(len(buffer), 6, 6, dtype=torch.uint8, device=models.device)
 
     def observations(n):
         return models.observations(buffer, rng.integers(len(buffer), size=n))
@@ -4275,7 +4238,7 @@ def compare_sizes(config, rounds):
     jobs = {size: stage_jobs(config, models, buffers[size]) for size in sizes}
     for size in sizes:
         jobs[size] |= {
-            "backgrounds": (1, functools.partial(models.find_backgrounds, buffers[size])),
+            "background": (1, functools.partial(models.find_background, buffers[size])),
             "an epoch's windows": (
                 batches_per_epoch(size, config.window, config.dynamics_batch), functools.partial(
                     buffers[size].epoch, config.window, config.dynamics_batch,

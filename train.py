@@ -52,7 +52,7 @@ from atari import (AtariEnv, ExperienceBuffer, batches_per_epoch, canonical_name
                    lock_folder, random_play, read_regular, write_atomically)
 from dynamics import Dynamics, dream, forget, imagine, policy_input, sample
 from ppo import ActorCritic, ppo_update
-from vqvae import DOUBLINGS, VQVAE, backgrounds, foreground_weight
+from vqvae import VQVAE, is_foreground
 
 # --------------------------------------------------------------------------------------------------
 # Settings
@@ -249,9 +249,9 @@ def warm_up(run):
     a higher learning rate, so that the dynamics has something to predict.
     """
     c, models, buffer, order = run.config, run.models, run.buffer, None
-    frames = models.find_backgrounds(buffer)
+    models.find_background(buffer)
     if run.update == 0:                             # not resumed
-        models.vqvae.start_at_brightness(frames.median(0).values.float().mean() / 255)
+        models.vqvae.start_at_brightness(models.background.float().mean() / 255)
     per_epoch, total = len(buffer) // c.warmup_batch, work(c, run.iteration)["warm_up"]
     for update in run.updates(total):
         epoch, batch = divmod(update, per_epoch)
@@ -274,7 +274,7 @@ def learn_world_model(run):
     """
     c, models, buffer, order, codes = run.config, run.models, run.buffer, None, None
     run.codes = None                                # the VQ-VAE is about to change
-    models.find_backgrounds(buffer)
+    models.find_background(buffer)
     models.set_rates("vqvae", c.vqvae_lr)
     total = work(c, run.iteration)["world_model"]
     per_epoch = batches_per_epoch(len(buffer), c.window, c.dynamics_batch)
@@ -365,8 +365,8 @@ class Models:
                                      predict_ends=config.predict_ends)
             self.policy = ActorCritic(num_actions, width=config.policy_width,
                                       code_dim=32 + config.hidden * config.policy_memory)
-            # What the game looks like without what moves, for `foreground`: see find_backgrounds.
-            self.backgrounds = torch.zeros(2**DOUBLINGS, 96, 96, dtype=torch.uint8)
+            # What the game looks like without what moves, for `foreground`.
+            self.background = torch.zeros(96, 96, dtype=torch.uint8)
         self.embed = self.vqvae.embed           # codes -> what dynamics and policy see of them
         self.vqvae.eval()                       # train() only around its own updates: batch norms
         self.acting = functools.partial(acting, self)       # a context that makes `act` faster
@@ -409,7 +409,7 @@ class Models:
         weight: extra weight of foreground pixels, a scalar tensor, or None.
         """
         if weight is not None:
-            weight = foreground_weight(x, self.backgrounds, weight)
+            weight = 1 + weight * is_foreground(x, self.background)
         self.vqvae.train()
         with self.autocast():
             loss, parts = self.vqvae.loss(x, weight)
@@ -531,14 +531,12 @@ class Models:
             return torch.cat([self.vqvae.encode(self.observations(buffer, rows)).to(torch.uint8)
                               for rows in parts])
 
-    def find_backgrounds(self, buffer):
-        """-> some 800 frames of the buffer; what they look like without what moves is kept."""
+    def find_background(self, buffer):
+        """Each pixel's median over some 800 frames of the buffer. In place, where a recorded update
+        reads it.
+        """
         frames = self.to_device(buffer.some_frames())
-        # As many in each round, in the same memory: a recorded update reads them there.
-        found = backgrounds(frames)
-        again = torch.arange(len(self.backgrounds), device=self.device) % len(found)
-        self.backgrounds.copy_(found[again])
-        return frames
+        self.background.copy_(frames.median(0).values)
 
     # ---- numbers, on the device
 

@@ -302,58 +302,22 @@ class _Clamp(torch.autograd.Function):
 # ---- What moves: the preset `small` weighs it more; how much of it does a reconstruction lose? ---
 # A ball of 3 pixels is worth 13 nats of 11,000, and only once it is drawn in the right place: its
 # cell of 16x16 pixels alone gains next to nothing, so plain likelihood hardly ever learns it.
-# Foreground is what differs from the background: second row of the picture of `python vqvae.py`.
-DOUBLINGS = 6                   # of the number of backgrounds: there are 2**6 = 64 at most
+# Foreground is what differs from the background, each pixel's median over many frames of the game:
+# second row of the picture of `python vqvae.py`. In `loss` its pixels get the weight 1 + n.
 
 
-def backgrounds(frames, share=0.1):
-    """Some hundred frames of a game, uint8 [N,H,W] -> it without what moves: uint8 [n,H,W].
-    Each pixel's median will do if in 95 of 100 frames at most `share` of the pixels are off it.
-    Where mazes change or explosions light up the screen, frames that look alike form groups with
-    medians of their own (k-medians; a new group starts at the frame furthest from all, Gonzalez
-    1985), twice as many each time.
+def is_foreground(x, background):
+    """Pixels more than 10 of 255 levels off it: uint8 [..,H,W], uint8 [H,W] -> bool [..,H,W]."""
+    return (x.int() - background.int()).abs() > 10
+
+
+def foreground_error(images, reconstructions):
+    """How much of what moves is lost: 0 nothing, 1 all, as if only the background (here the batch's
+    median) were shown. Both squared, where an image is more than 0.04 off the background. (Over all
+    pixels Pong without a ball looks perfect.) float [B,C,H,W] in [0,1], twice -> scalar.
     """
-    pictures = frames.median(0).values[None]
-    for _ in range(DOUBLINGS):
-        off = is_foreground(frames, pictures).float().mean((1, 2))
-        if (off > share).float().mean() <= 0.05:
-            break
-        for _ in range(len(pictures)):
-            distances = torch.cdist(frames.flatten(1).float(), pictures.flatten(1).float())
-            pictures = torch.cat([pictures, frames[distances.amin(1).argmax()][None]])
-        for _ in range(8):
-            group = most_alike(frames, pictures)
-            pictures = torch.stack([frames[group == g].median(0).values for g in group.unique()])
-    return pictures
-
-
-def most_alike(frames, pictures):
-    """Which of the pictures uint8 [n,H,W] each frame uint8 [N,H,W] is most like: int64 [N]."""
-    return torch.cdist(frames.flatten(1).float(), pictures.flatten(1).float()).argmin(1)
-
-
-def is_foreground(frames, pictures):
-    """Pixels more than 10 of 255 levels off the background most like their frame: bool [N,H,W]."""
-    return (frames.int() - pictures[most_alike(frames, pictures)].int()).abs() > 10
-
-
-def foreground_weight(x, pictures, weight):
-    """x uint8 [B,C,H,W] -> for `loss`: 1 + weight where a pixel is foreground, 1 elsewhere."""
-    return 1 + weight * is_foreground(x.flatten(0, 1), pictures).view(x.shape)
-
-
-def foreground_error(images, reconstructions, threshold=0.04, pictures=None):
-    """How much of what moves is lost: 0 nothing, 1 all, as if only the background were shown.
-    Both squared, on the pixels more than `threshold` off it. (Over all pixels Pong without a ball
-    looks perfect.) The background: the median over the batch or, of several pictures uint8 [n,H,W],
-    the one most like a frame. images, reconstructions: float [B,C,H,W] in [0,1]; returns a scalar.
-    """
-    if pictures is None or len(pictures) == 1:
-        background = images.median(0, keepdim=True).values
-    else:
-        frames = (255 * images.flatten(0, 1)).round().to(torch.uint8)
-        background = pictures[most_alike(frames, pictures)].view(images.shape) / 255
-    foreground = (images - background).abs() > threshold
+    background = images.median(0, keepdim=True).values
+    foreground = (images - background).abs() > 0.04
     error = ((reconstructions - images).square() * foreground).sum()
     return error / ((background - images).square() * foreground).sum().clamp(min=1e-8)
 
@@ -409,14 +373,14 @@ def main():
     torch.manual_seed(args.seed)
 
     observations, new = random_play(args.game, 3000, args.seed).tensor_split([2700])
-    pictures = backgrounds(observations[::4, 3])
+    background = observations[::4, 3].median(0).values                           # [H, W]
     model = VQVAE(width=args.width)
-    model.start_at_brightness(pictures.float().mean() / 255)
+    model.start_at_brightness(background.float().mean() / 255)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     for update in range(args.updates):
-        weight = 40 if update < args.updates / 2 else 4                 # what moves first, then all
+        extra = 40 if update < args.updates / 2 else 4                  # what moves first, then all
         x = observations[torch.randint(len(observations), (12,))]
-        loss, parts = model.loss(x, foreground_weight(x, pictures, weight))
+        loss, parts = model.loss(x, 1 + extra * is_foreground(x, background))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -426,15 +390,15 @@ def main():
 
     codes = model.encode(new)
     images = model.decode(codes)
-    whole, field = (foreground_error(new[:, :, rows] / 255, images[:, :, rows], 0.04,
-                                     pictures[:, rows]) for rows in (slice(96), slice(16, 80)))
+    whole, field = (foreground_error(new[:, :, rows] / 255, images[:, :, rows])
+                    for rows in (slice(96), slice(16, 80)))
     print(f"foreground error (0 perfect, 1 background only) on 300 frames not learned from: "
           f"{whole:.2f}\nin rows 16 to 79, the playing field without scores: {field:.2f}")
     figure, axes = plt.subplots(4, 8, figsize=(14, 7.4), layout="tight",
                                 subplot_kw={"xticks": [], "yticks": []})
     for row, label, top, pixels in zip(
             axes, ("original", "foreground", "36 codes", "reconstruction"), (255, 1, 127, 1),
-            (new[:, 3], is_foreground(new[:, 3], pictures), codes, images[:, 3])):
+            (new[:, 3], is_foreground(new[:, 3], background), codes, images[:, 3])):
         row[0].set_ylabel(label)
         for ax, image in zip(row, pixels[::40].numpy()):
             ax.imshow(image, cmap="nipy_spectral" if top == 127 else "gray", vmin=0, vmax=top)
