@@ -168,7 +168,7 @@ class Dynamics(nn.Module):
         return self.end_head(y).float()[:, 0] - math.log(END_WEIGHT)
 
     def loss(self, codes, actions, rewards, ends, embed, context=4, reward_weight=1e-6,
-             over=None, temperature=1.0):
+             end_targets=None, temperature=1.0):
         """Maximum likelihood of Eq. 6 and 7 over windows of L observations
         -> (scalar, dict of parts).
 
@@ -181,8 +181,8 @@ class Dynamics(nn.Module):
                  samples, as it will in the dream
         reward_weight  the paper scales the reward loss down so that its gradient can't disturb the
                  trunk (Section 3.4), and raises the head's learning rate
-        over     bool [B, L], what the third head is to predict, if there is one: the game or a life
-                 was over after a_t (not: recording was cut there); None: the same as ends
+        end_targets bool [B, L], what the third head is to predict, if there is one: the game or a
+                 life was over after a_t (not: recording was cut there); None: the same as ends
         temperature  of the model's own samples, as in `dream`
 
         Parts, detached: code_loss (nats per code), reward_loss (nats per step),
@@ -231,7 +231,7 @@ class Dynamics(nn.Module):
                 parts[f"reward_accuracy_{name}"] = (right * mine).sum() / mine.sum()
         heads_loss = reward_loss
         if self.end_head is not None:
-            over = (ends if over is None else over)[:, :L - 1].float()               # [B, L-1]
+            over = (ends if end_targets is None else end_targets)[:, :L - 1].float()   # [B, L-1]
             logits = self.end_head(ys).float().view(B, L - 1)    # overrated: see end_logits
             end_loss = F.binary_cross_entropy_with_logits(
                 logits, over, weight=1 + (END_WEIGHT - 1) * over)

@@ -949,7 +949,7 @@ def test_the_third_head_against_plain_loops():
     terminated[2, 0] = False                   # there recording was cut
     torch.nn.init.normal_(dynamics.end_head.linear2.weight, 0, 3)
     loss, parts = dynamics.loss(codes, actions, rewards, ends, embed, context=6, reward_weight=0.3,
-                                over=terminated)
+                                end_targets=terminated)
     losses, truth, said = [], [], []
     for b in range(3):
         state = dynamics.initial_state(1)
@@ -981,7 +981,7 @@ def test_the_third_head_against_plain_loops():
     torch.nn.init.zeros_(dynamics.end_head.linear2.weight)
     with torch.no_grad():
         dynamics.end_head.linear2.bias[:] = math.log(2 / 13) + math.log(100)
-    dynamics.loss(codes, actions, rewards, ends, embed, over=terminated)[0].backward()
+    dynamics.loss(codes, actions, rewards, ends, embed, end_targets=terminated)[0].backward()
     assert dynamics.end_head.linear2.bias.grad.abs() < 1e-6 * 1e-4   # of 1e-6 times the gradient
 
 
@@ -1920,9 +1920,9 @@ def test_a_dream_remembers_the_steps_before_it(monkeypatch):
         for mine, theirs in zip(state, own):
             torch.testing.assert_close([part[i] for part in mine], [part[0] for part in theirs])
     seen = []
-    monkeypatch.setattr(train, "dream", lambda *a: seen.append(a) or dream(*a))
+    monkeypatch.setattr(train, "dream", lambda *a, **k: seen.append((a, k)) or dream(*a, **k))
     models.policy_update(codes, state)
-    assert inspect.signature(dream).bind(*seen[0]).arguments["start_state"] is state
+    assert seen[0][1]["start_state"] is state
     paper = tiny_models().starts(buffer, rows, known)[1]             # remembers nothing
     assert not any(part.any() for cell in paper for part in cell)
 
@@ -1959,7 +1959,7 @@ def test_flags_reach_the_dream(monkeypatch):
         assert (cold[real] != hot[real]).float().mean() > 0.9
 
     seen = []
-    monkeypatch.setattr(train, "dream", lambda *a: seen.append(dream(*a)) or seen[-1])
+    monkeypatch.setattr(train, "dream", lambda *a, **k: seen.append(dream(*a, **k)) or seen[-1])
     models = tiny_models()
     parts = models.policy_update(models.vqvae.encode(tiny_windows()[0][0]))
     assert torch.equal(parts["dream_return"], seen[-1]["rewards"].sum(0).mean())
@@ -1990,7 +1990,7 @@ def test_policy_memory_is_h_of_the_second_cell(monkeypatch):
     assert state[1][0].abs().max() > 0
     seen = []
     monkeypatch.setattr(train, "ppo_update", lambda *a, **k: seen.append(a) or {})
-    monkeypatch.setattr(train, "dream", lambda *a: seen.append(dream(*a)) or seen[-1])
+    monkeypatch.setattr(train, "dream", lambda *a, **k: seen.append(dream(*a, **k)) or seen[-1])
     models.policy_update(models.vqvae.encode(tiny_windows()[0][0]))
     expected = torch.cat([torch.stack([embed(z) for z in seen[0]["codes"]]), seen[0]["memory"]], 2)
     assert torch.equal(seen[1][2], expected)
@@ -2085,7 +2085,7 @@ def test_predicted_ends_reach_everything(monkeypatch):
     assert moved == pytest.approx(0.01, rel=0.1)                     # Adam undoes the 1e-6
     seen = []
     monkeypatch.setattr(train, "ppo_update", lambda *a, **k: seen.append(a) or {})
-    monkeypatch.setattr(train, "dream", lambda *a: seen.append(dream(*a)) or seen[-1])
+    monkeypatch.setattr(train, "dream", lambda *a, **k: seen.append(dream(*a, **k)) or seen[-1])
     models.policy_update(models.vqvae.encode(x[0]))
     assert torch.equal(seen[1][4], seen[0]["last_value"]) and seen[0]["last_value"].any()
 
@@ -3490,7 +3490,7 @@ def in_child(arguments, die_at=None, log=None, patch=lambda: None):
             train.measure_rates = lambda config, n: dict.fromkeys(train.STAGES, 1.0)
             evaluate.progress_picture = lambda run: None             # seconds each, and no state
             evaluate.world_model_picture = lambda run: torch.zeros(())
-            evaluate.play_episodes = lambda m, game, seeds, *_: torch.rand(len(seeds)).tolist()
+            evaluate.play_episodes = lambda m, game, seeds, **_: torch.rand(len(seeds)).tolist()
             patch()
             train.main(arguments)
             status = 0
@@ -3872,7 +3872,7 @@ class Straightforward:
         code_p = torch.distributions.OneHotCategorical(logits=d.code_head(y).permute(0, 2, 3, 1))
         return code_p, torch.distributions.Categorical(logits=d.reward_head(y)), [first, second]
 
-    def world_model_update(self, x, actions, rewards, ends, over, context):
+    def world_model_update(self, x, actions, rewards, ends, end_targets, context):
         B, L = ends.shape
         with torch.no_grad():
             z = self.quantise(self.vqvae.encoder(x.flatten(0, 1)))[1].view(B, L, 6, 6, -1)

@@ -11,7 +11,7 @@ long run needs* stands the rest: speed, the clock, checkpoints, the command line
     collect       a_t ~ policy (round 1: uniformly random)        real steps -> buffer
     warm_up       round 1 only: the VQ-VAE alone, x_t -> z_t -> x_t
     world_model   dynamics (z_t, a_t, h_{t-1}) -> z_{t+1}, r_t    on windows of the buffer;
-                  the VQ-VAE goes on learning in every third step (`vqvae_every`)
+                  the VQ-VAE goes on learning, slowed down
     policy        dreams from real moments, PPO on what was dreamed, and on nothing else
     evaluate      whole real episodes, from which nothing learns
 
@@ -104,10 +104,10 @@ class Config:
     # Dynamics (Section 3.2-3.3)
     hidden: int = setting(128, "channels of each ConvLSTM cell (paper, Table 3)")
     dynamics_lr: float = setting(5e-4, "Adam's learning rate (released)")
-    dynamics_lr_end: float = setting(5e-4, "falls to this in each round, from a start that falls "
-                                     "with 1 / sqrt(round) (ours)")
+    dynamics_lr_end: float = setting(5e-4, "falls to this in each round, linearly; later rounds "
+                                     "start nearer to it (ours)")
     reward_lr: float = setting(1e-3, "of the heads for rewards and ends, 'higher' (paper 3.4; "
-                               "released); falls in each round by the factor of dynamics_lr")
+                               "released); falls to this * dynamics_lr_end / dynamics_lr (ours)")
     reward_weight: float = setting(1e-6, "weight of the reward loss, tiny (paper 3.4; released)")
     dynamics_batch: int = setting(4, "windows per update (released)")
     window: int = setting(11, "observations per window: 10 predictions (released)")
@@ -179,7 +179,7 @@ def train(run):
         run.do(collect)                             # 12,800 steps at first, then 6,400 a round
         if iteration == 0:
             run.do(warm_up)                         # the VQ-VAE alone, at a higher rate
-        run.do(learn_world_model)                   # the dynamics, and the VQ-VAE every third step
+        run.do(learn_world_model)                   # the dynamics, and the VQ-VAE, slowed down
         run.do(learn_policy)                        # PPO, only in dreams
         run.do(evaluate)                            # whole real episodes, for us to see
         report(run)
@@ -189,7 +189,7 @@ def work(config, iteration):
     """How much each stage does in one round: steps, updates, updates, updates, episodes."""
     c, first, last = config, iteration == 0, iteration == config.iterations - 1
     rows = c.first_interactions + iteration * c.interactions
-    per_epoch = batches_per_epoch(rows, c.window, c.dynamics_batch)
+    per_epoch = batches_per_epoch(rows, c.window, c.dynamics_batch)     # windows side by side
     return {
         "collect": c.first_interactions if first else c.interactions,
         "warm_up": round(c.scale * c.warmup_epochs * (c.first_interactions // c.warmup_batch))
@@ -272,7 +272,7 @@ def learn_world_model(run):
 
     After vqvae_share of a round the VQ-VAE stands still, and all codes are computed once.
     """
-    c, models, buffer, order, codes = run.config, run.models, run.buffer, None, None
+    c, models, buffer, order = run.config, run.models, run.buffer, None
     run.codes = None                                # the VQ-VAE is about to change
     models.find_background(buffer)
     models.set_rates("vqvae", c.vqvae_lr)
@@ -287,9 +287,9 @@ def learn_world_model(run):
         if batch == 0 or order is None:
             order = buffer.epoch(c.window, c.dynamics_batch, run.numpy_rng(epoch))
         rows = order[batch]                                              # [B, L]
-        if codes is None and done >= c.vqvae_share:
-            codes = run.all_codes()
-        if codes is None and update % c.vqvae_every == c.vqvae_every - 1:
+        vqvae_learns = done < c.vqvae_share
+        codes = None if vqvae_learns else run.all_codes()
+        if vqvae_learns and update % c.vqvae_every == c.vqvae_every - 1:
             some = run.numpy_rng(epoch, batch).integers(len(buffer), size=c.vqvae_batch)
             run.add(models.vqvae_update(models.observations(buffer, some),
                                         models.scalar(0.1 * c.foreground)), update)
@@ -376,15 +376,16 @@ class Models:
             self.dynamics_loss = torch.compile(self.dynamics.loss, fullgraph=True, dynamic=False)
             self.imagine = torch.compile(imagine, fullgraph=True, dynamic=False)
         # "Reward Loss": scaled down by reward_weight for the trunk's sake, and a higher learning
-        # rate for the head. Adam divides the scale out again, if the head's eps shrinks with it.
-        head, trunk = ([p for name, p in self.dynamics.named_parameters() if name.startswith(
-            ("reward_head.", "end_head.")) == is_head] for is_head in (True, False))
+        # rate for the heads. Adam divides the scale out again, if the heads' eps shrinks with it.
+        heads, trunk = [], []                   # the head for codes is of the trunk
+        for name, p in self.dynamics.named_parameters():
+            (heads if name.startswith(("reward_head.", "end_head.")) else trunk).append(p)
         fast = dict(fused=self.device.type in ("cpu", "cuda"), capturable=self.graphs)
         self.optimizers = {
             "vqvae": torch.optim.Adam(self.vqvae.parameters(), lr=config.vqvae_lr, **fast),
             "dynamics": torch.optim.Adam([
                 {"params": trunk, "lr": config.dynamics_lr},
-                {"params": head, "lr": config.reward_lr, "eps": 1e-8 * config.reward_weight}],
+                {"params": heads, "lr": config.reward_lr, "eps": 1e-8 * config.reward_weight}],
                 **fast),
             # eps as in PPO's reference code: with 1e-8 Adam's first steps, all of full size, can
             # throw the critic off and with it, through the shared trunk, the policy.
@@ -418,14 +419,14 @@ class Models:
         return parts
 
     @replayed
-    def world_model_update(self, x, actions, rewards, ends, over, context):
+    def world_model_update(self, x, actions, rewards, ends, end_targets, context):
         """One gradient step of the dynamics on windows (`windows`) -> parts of its loss. The VQ-VAE
-        learns nothing from it: codes are integers.
+        learns nothing from it: codes are integers, and the codebook moves by averages alone.
 
         x uint8 [B, L, 4, 96, 96] or, where they are known, its codes int64 [B, L, 6, 6];
         actions int64, rewards float [B, L];
-        ends bool [B, L]: another episode follows; over bool [B, L]: a game or a life was lost, what
-        predict_ends is to predict, or None;
+        ends bool [B, L]: another episode follows; end_targets bool [B, L]: a game or a life was
+        lost, what predict_ends is to predict, or None;
         context: so many inputs are true, the others the model's own samples.
         """
         with self.autocast():
@@ -434,20 +435,21 @@ class Models:
                 codes = self.vqvae.encode(x.flatten(0, 1)).unflatten(0, x.shape[:2])
             loss, parts = self.dynamics_loss(
                 codes, actions, rewards, ends, self.embed, context, self.config.reward_weight,
-                over, self.config.temperature)
+                end_targets, self.config.temperature)
         self.step("dynamics", loss)
         return parts
 
     @replayed
     def policy_update(self, codes, state=None):
         """Dreams from codes int64 [B, 6, 6], with what the dynamics remembers there (None:
-        nothing), for T steps or, with predict_ends, until the dynamics says that it is over; then
-        PPO on what was dreamed -> parts.
+        nothing), T steps, where with predict_ends another dream begins when the dynamics ends one;
+        then PPO on what was dreamed -> parts.
         """
         c = self.config
         with self.autocast():
             rollout = dream(self.dynamics, self.embed, self.policy, codes, c.dream_steps,
-                            c.temperature, c.policy_memory, state, self.imagine)
+                            c.temperature, memory=c.policy_memory, start_state=state,
+                            step=self.imagine)
             T, B = rollout["actions"].shape
             observations = self.embed(rollout["codes"].flatten(0, 1)).unflatten(0, (T, B))
             if c.policy_memory:
@@ -495,17 +497,17 @@ class Models:
         return self.to_device(buffer.stacked(rows))
 
     def windows(self, buffer, rows, codes=None):
-        """Rows int [B, L] -> what world_model_update wants: x, actions, rewards, ends, over;
-        x are codes instead of observations if those of the whole buffer are given.
+        """Rows int [B, L] -> what world_model_update wants: x, actions, rewards, ends,
+        end_targets; x are codes instead of observations if those of the whole buffer are given.
         """
-        terminated, over = buffer.terminated[rows], None
+        terminated, end_targets = buffer.terminated[rows], None
         if self.config.predict_ends:
-            over = self.to_device(terminated | buffer.lost[rows])
+            end_targets = self.to_device(terminated | buffer.lost[rows])
         return (self.observations(buffer, rows) if codes is None
                 else codes[self.to_device(rows)].long(),
                 self.to_device(buffer.actions[rows].astype(np.int64)),
                 self.to_device(buffer.rewards[rows]),
-                self.to_device(terminated | buffer.truncated[rows]), over)
+                self.to_device(terminated | buffer.truncated[rows]), end_targets)
 
     @torch.no_grad()
     def starts(self, buffer, rows, codes):
@@ -541,7 +543,7 @@ class Models:
     # ---- numbers, on the device
 
     def scalar(self, weight):
-        """A weight of the foreground as a tensor, None for a foreground that has none."""
+        """A weight of the foreground as a tensor; None for 0."""
         return torch.full((), weight, device=self.device) if weight else None
 
     def set_rates(self, name, *rates):
