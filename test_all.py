@@ -3404,11 +3404,14 @@ def test_a_strangers_agent_learns_in_the_dream(monkeypatch, capsys):
     assert abs(scores[0]) < 4 and scores[-1] > 16                    # 20 would be perfect
 
 
-def test_dream_env_of_a_run(smoke):
+def test_dream_env_of_a_run(smoke, monkeypatch):
     """evaluate.dream_env: a run's own dream; equal seeds begin at equal moments."""
+    record, asked = evaluate.record, []
+    monkeypatch.setattr(evaluate, "record", lambda *given, most: (
+        asked.append(most), record(*given, 30))[1])
     first, again, other = (evaluate.dream_env(smoke, 2, steps=3, seed=seed) for seed in (0, 0, 1))
-    assert torch.equal(first.starts, again.starts) and len(first.starts) == 500
-    assert not torch.equal(first.starts, other.starts)
+    assert torch.equal(first.starts, again.starts) and len(first.starts) == 30
+    assert not torch.equal(first.starts, other.starts) and asked == [500] * 3
     observation, _ = first.reset(seed=0)
     assert observation.shape == (2, 32, 6, 6) and first.single_action_space.n == 4
     assert [first.step(np.zeros(2, int))[2].all() for _ in range(3)] == [False, False, True]
