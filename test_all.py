@@ -1593,6 +1593,7 @@ class World:
     over; a step pays 7 points; an episode lasts 5 steps; actions are kept."""
 
     num_actions, lives, action_meanings = 3, 0, ["NOOP", "LEFT", "RIGHT"]
+    pays, lasts = 7.0, 5
 
     def __init__(self, game=None, seed=None):
         self.episode, self.actions, self.reseeded = -1, [], []
@@ -1608,7 +1609,7 @@ class World:
     def step(self, action):
         self.t += 1
         self.actions.append(action)
-        return self.frame(), 7.0, self.t == 5, False
+        return self.frame(), self.pays, self.t == self.lasts, False
 
 
 class Eyes:
@@ -2033,27 +2034,20 @@ def test_policy_memory_is_h_of_the_second_cell(monkeypatch):
 
 def test_memory_lasts_as_long_as_an_episode(monkeypatch):
     """The state that `act` returned comes back with the next observation of the same episode."""
-    class Env:
+    class Env(World):
         """Frames show the episode's seed and step; an episode lasts seed steps."""
 
-        action_meanings, num_actions, lives = ["NOOP"], 1, 0
+        pays = 1.0
 
         def __init__(self, game, seed):
-            self.seed = seed
+            super().__init__()
+            self.seed = self.lasts = seed
 
-        def reset(self, seed=None):
-            self.t = 0
-            return np.array([[self.seed, 0]], np.uint8)
+        def frame(self):
+            return np.array([[self.seed, self.t]], np.uint8)
 
-        def step(self, action):
-            self.t += 1
-            return np.array([[self.seed, self.t]], np.uint8), 1.0, self.t == self.seed, False
-
-    class Watcher:
-        acting = contextlib.nullcontext
-
-        def __init__(self):
-            self.steps = 0
+    class Watcher(Eyes):
+        steps = 0
 
         def act(self, observations, temperature, state=None, instead=None):
             seeds, steps = torch.from_numpy(observations[:, -1, 0].astype(np.int64)).T
@@ -2957,18 +2951,13 @@ def test_output_may_be_lost_or_have_another_encoding(tmp_path):
     """Japanese names on a stdout of ascii; a closed or full one: no traceback."""
     folder = made_up_run(tmp_path / "走る", "Pong", 0, [1.0], rows=0)
     (folder / "evaluation.json").unlink()      # so that its name is printed
-
-    commands = {lost: subprocess.Popen(
+    shown, full, closed = (subprocess.run(
         f"{sys.executable} evaluate.py '{folder}' {lost}", shell=True, cwd=HERE, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {
-            "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"})
-        for lost in ("", "> /dev/full", ">&- 2>&-")}
-    said = {lost: (*child.communicate(), child.returncode) for lost, child in commands.items()}
-    out, err, status = said[""]
-    assert status == 0 and r"\u8d70\u308b" in out, err
-    out, err, status = said["> /dev/full"]
-    assert status == 1 and err.startswith("error: ") and err.count("\n") == 1
-    assert said[">&- 2>&-"] == ("", "", 0)
+        capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"})
+        for lost in ("", "> /dev/full", ">&- 2>&-"))
+    assert shown.returncode == 0 and r"\u8d70\u308b" in shown.stdout, shown.stderr
+    assert full.returncode == 1 and re.fullmatch("error: .*\n", full.stderr)
+    assert (closed.returncode, closed.stdout, closed.stderr) == (0, "", "")
 
 
 def test_flags_have_bounds_and_names_any_spelling(tmp_path, capsys, monkeypatch):
@@ -3003,10 +2992,7 @@ def test_fidelity_figures_against_plain_loops(monkeypatch):
     assert torch.equal(codes, torch.cat([models.vqvae.encode(torch.from_numpy(
         buffer.stacked([t]))) for t in range(200)]))
 
-    rows, calls = [], []                       # windows of 54 rows inside one episode
-    for s in range(200 - 54 + 1):
-        if not ends[s:s + 53].any():
-            rows.append(range(s, s + 54))
+    calls, rows = [], [range(s, s + 54) for s in range(200 - 54 + 1) if not ends[s:s + 53].any()]
 
     def made_up(dynamics, embed, real, actions, context, temperature):
         first = sum(len(call) for call in calls)
@@ -3025,30 +3011,25 @@ def test_fidelity_figures_against_plain_loops(monkeypatch):
     assert [row["step"] for row in table] == [1, 2, 5, 10, 25, 50]
     for row in table:
         k, last = row["step"], 3
-        right = still = square = still_square = codes_square = count = 0
-        hits = mine = true = 0
+        right = still = hits = mine = true = 0
+        square = {"": 0, "_still": 0, "_codes": 0}
         for n, window in enumerate(rows):
             t = window[last + k]
             right += int((dreamed[n, last + k] == codes[t]).sum())
             still += int((codes[window[last]] == codes[t]).sum())
             frame = buffer.frames[t] / 255.
-            for name, z in (("dream", dreamed[n, last + k]), ("still", codes[window[last]]),
-                            ("codes", codes[t])):
-                error = ((models.vqvae.decode(z[None])[0, -1].numpy() - frame) ** 2).sum()
-                square += error * (name == "dream")
-                still_square += error * (name == "still")
-                codes_square += error * (name == "codes")
-            count += 1
+            for name, z in zip(square, (dreamed[n, last + k], codes[window[last]], codes[t])):
+                square[name] += ((models.vqvae.decode(z[None])[0, -1].numpy() - frame) ** 2).sum()
             for j in range(last, last + k):    # the reward of row j comes with observation j + 1
                 game = np.sign(buffer.rewards[window[j]])
                 mine += int(paid[n, j] != 0)
                 true += int(game != 0)
                 hits += int(game != 0 and paid[n, j] == game)
-        assert row["code_accuracy"] == pytest.approx(right / count / 36)
-        assert row["code_accuracy_still"] == pytest.approx(still / count / 36)
-        for name, sum_ in (("", square), ("_still", still_square), ("_codes", codes_square)):
+        assert row["code_accuracy"] == pytest.approx(right / len(rows) / 36)
+        assert row["code_accuracy_still"] == pytest.approx(still / len(rows) / 36)
+        for name in square:
             assert row["pixel_error" + name] == pytest.approx(
-                255 * math.sqrt(sum_ / count / 96**2), rel=1e-4)
+                255 * math.sqrt(square[name] / len(rows) / 96**2), rel=1e-4)
         assert (row["rewards_real"], row["rewards_dreamed"]) == (true, mine)
         assert row["reward_precision"] == pytest.approx(hits / mine)
         assert row["reward_recall"] == pytest.approx(hits / true)
@@ -3575,12 +3556,6 @@ def whole(tmp_path_factory):
     return (state, metrics), out / RUN, sorted(out.glob("*/" + RUN))
 
 
-def assert_same_run(folder, expected):
-    state, metrics = outcome(folder)
-    assert metrics == expected[1]
-    assert same(state, expected[0])
-
-
 def position(folder):
     """Where a run goes on: round, stage, updates done."""
     state = evaluate.newest_checkpoint(folder)
@@ -3601,7 +3576,7 @@ def test_killed_at_any_moment_and_resumed_is_bit_for_bit_the_same(whole):
             resumed(folder)
         else:                                  # there is nothing to resume
             assert in_child(*TINY, "--out", folder.parent)[0] == 0
-        assert_same_run(folder, expected)
+        assert same(outcome(folder), expected)
         shutil.rmtree(folder)
     assert {stage for _, stage, _ in places} >= {"collect", "warm_up", "world_model", "policy"}
     assert any(update > 0 for _, _, update in places)                # inside a stage too
@@ -3621,7 +3596,7 @@ def test_killed_and_resumed_with_memory_and_predicted_ends(tmp_path):
     row = next(csv.DictReader(expected[1].splitlines()))
     assert float(row["end_loss"]) > 0 and row["end_recall"] != ""    # lives were lost
     resumed(tmp_path / "killed")
-    assert_same_run(tmp_path / "killed", expected)
+    assert same(outcome(tmp_path / "killed"), expected)
 
 
 def test_killed_again_and_again(tmp_path, whole):
@@ -3635,7 +3610,7 @@ def test_killed_again_and_again(tmp_path, whole):
         arguments, kills = ("--resume", tmp_path / RUN), kills + 1
         assert status == -signal.SIGKILL and kills < 40
     assert kills > 2
-    assert_same_run(tmp_path / RUN, whole[0])
+    assert same(outcome(tmp_path / RUN), whole[0])
 
 
 def test_signals_save_and_say_how_to_go_on(tmp_path, whole):
@@ -3655,7 +3630,7 @@ def test_signals_save_and_say_how_to_go_on(tmp_path, whole):
         assert status == expected and f"--resume {folder}" in said and "Traceback" not in said
         assert position(folder) == (0, "policy", 2)
         resumed(folder)
-        assert_same_run(folder, whole[0])
+        assert same(outcome(folder), whole[0])
 
 
 def test_damaged_files_never_give_a_wrong_run(tmp_path, whole, monkeypatch):
@@ -3696,7 +3671,7 @@ def test_damaged_files_never_give_a_wrong_run(tmp_path, whole, monkeypatch):
     (folder / "experience-02.npz").write_bytes(files["experience-02.npz"])
     (folder / "checkpoint.pt").write_bytes(b"")
     assert "going on from checkpoint-previous.pt" in resumed(folder)
-    assert_same_run(folder, expected)
+    assert same(outcome(folder), expected)
 
 
 def test_a_checkpoint_of_other_types_is_refused_in_one_line(tmp_path, monkeypatch):
@@ -3771,7 +3746,7 @@ def test_full_disk_keeps_the_old_checkpoint_and_goes_on(tmp_path, whole):
     folder = tmp_path / RUN
     status, said = in_child(*TINY, "--out", tmp_path, patch=fill_disk)
     assert status == 0 and "is full" in said and "Traceback" not in said, said
-    assert_same_run(folder, whole[0])
+    assert same(outcome(folder), whole[0])
     assert not list(folder.glob("*.tmp"))
 
 
@@ -4199,8 +4174,8 @@ def seconds_of(job):
 
 
 def by_turns(jobs, rounds):
-    """{way: (units, job)} -> units, {way: seconds per unit in the fastest of the rounds}: what other
-    processes add is no property of the code. The first turn warms up."""
+    """{way: (units, job)} -> units, {way: seconds per unit in the fastest of the rounds}: what
+    other processes add is no property of the code. The first turn warms up."""
     measured = {way: [] for way in jobs}
     for _ in range(rounds + 1):
         for way, (units, job) in jobs.items():
