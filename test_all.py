@@ -1097,18 +1097,13 @@ def test_a_dream_goes_on_from_what_is_remembered(monkeypatch):
     for t in range(T):
         assert torch.equal(batch["memory"][t, :, 0, 0, 0].long(), age + t)
     monkeypatch.setattr(world, "end_head", True, raising=False)
-    for env in (None, DreamEnv(world, world, starts, B, steps=T, start_state=state)):
-        if env is None:
-            batch = dream(world, world.embed, policy, starts, steps=T, memory=True,
-                          start_state=state)
-            memories, codes, over = batch["memory"][:, :, 0, 0, 0], batch["codes"], batch["dones"]
-        else:
-            env.reset(seed=0)
-            rows = []
-            for t in range(T):
-                rows.append((env.state[1][0][:, 0, 0, 0], env.codes,
-                             torch.from_numpy(env.step(np.arange(B) % 3)[2])))
-            memories, codes, over = (torch.stack(column) for column in zip(*rows))
+    batch = dream(world, world.embed, policy, starts, steps=T, memory=True, start_state=state)
+    env = DreamEnv(world, world, starts, B, steps=T, start_state=state)
+    env.reset(seed=0)
+    rows = [(env.state[1][0][:, 0, 0, 0], env.codes,
+             torch.from_numpy(env.step(np.arange(B) % 3)[2])) for _ in range(T)]
+    for memories, codes, over in ((batch["memory"][:, :, 0, 0, 0], batch["codes"], batch["dones"]),
+                                  map(torch.stack, zip(*rows))):
         assert over.any() and not over.all()
         for t, b in np.ndindex(T, B):
             if t == 0 or over[t - 1, b]:       # begun, or begun again
@@ -3564,10 +3559,15 @@ def position(folder):
 
 def test_killed_at_any_moment_and_resumed_is_bit_for_bit_the_same(whole):
     """From what is there at 24 moments, spread over all stages and the inside of saves, a run ends
-    with the weights, optimiser states, random states and metrics of the unbroken run."""
-    (expected, _, copies), places = whole, set()
+    with the weights, optimiser states, random states and metrics of the unbroken run. (While
+    nothing is written, in the game, one moment is as good as another.)"""
+    (expected, _, copies), places, tried = whole, set(), set()
     assert len(copies) == 24
     for copied in copies:
+        data = b"".join(path.read_bytes() for path in sorted(copied.iterdir()))
+        if (digest := hashlib.sha256(data).digest()) in tried:
+            continue
+        tried.add(digest)
         folder = copied.with_name("again") / RUN
         shutil.copytree(copied, folder)
         if any(folder.glob("checkpoint*.pt")):
@@ -3580,6 +3580,7 @@ def test_killed_at_any_moment_and_resumed_is_bit_for_bit_the_same(whole):
         shutil.rmtree(folder)
     assert {stage for _, stage, _ in places} >= {"collect", "warm_up", "world_model", "policy"}
     assert any(update > 0 for _, _, update in places)                # inside a stage too
+    assert len(tried) > 15
 
 
 def test_killed_and_resumed_with_memory_and_predicted_ends(tmp_path):
