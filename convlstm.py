@@ -149,8 +149,8 @@ def main():
 
     figure, axes = plt.subplots(2, total - 1, figsize=(total - 1, 2.4))
     for t in range(total - 1):
-        axes[0, t].imshow(film[0, t + 1, 0], cmap="gray", vmin=0, vmax=1)
-        axes[1, t].imshow(dreamed[0, t, 0], cmap="gray", vmin=0, vmax=1)
+        axes[0, t].imshow(film[0, t + 1, 0].numpy(), cmap="gray", vmin=0, vmax=1)
+        axes[1, t].imshow(dreamed[0, t, 0].numpy(), cmap="gray", vmin=0, vmax=1)
         axes[0, t].set_title("seen" if t + 1 < watch else f"+{t + 2 - watch}", fontsize=8)
         for ax in axes[:, t]:
             ax.set_xticks([]), ax.set_yticks([])

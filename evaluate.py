@@ -1006,8 +1006,8 @@ def world_model_picture(run):
     shown, path = range(0, length, 3), run.folder / f"world_model_{run.iteration + 1:02d}.png"
     grey, colours = dict(cmap="gray", vmin=0, vmax=1), dict(cmap="nipy_spectral", vmin=0, vmax=127)
     strips = (("real", buffer.frames[rows], grey | {"vmax": 255}),
-              ("reconstructed", images[0], grey), ("its codes", codes.cpu(), colours),
-              ("dreamed", images[1], grey), ("its codes", dreamed.cpu(), colours))
+              ("reconstructed", images[0], grey), ("its codes", codes.cpu().numpy(), colours),
+              ("dreamed", images[1], grey), ("its codes", dreamed.cpu().numpy(), colours))
     with or_warning(path), drawing(path, 1.35 * len(shown), 7.2) as page:
         axes = page.subplots(5, len(shown), squeeze=False)
         for strip, (label, pictures, look) in zip(axes, strips):

@@ -286,7 +286,7 @@ def learn_v(run, pool):
     for row, frames, label in zip(axes, (real, seen), ("held out", "through z")):
         row[0].set_ylabel(label)
         for ax, frame in zip(row, frames[::20]):
-            ax.imshow(frame.permute(1, 2, 0))
+            ax.imshow(frame.permute(1, 2, 0).numpy())
             ax.set(xticks=[], yticks=[])
     save_figure(figure, run.folder / "vae.png")
     print(f"2 V: squared error of held-out frames {error:.1f}, of the mean frame {spread:.1f}; "
