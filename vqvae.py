@@ -13,7 +13,7 @@ see nothing else. Look at the reconstruction before anything else.
     python vqvae.py      # learn Boxing from random play in two minutes, save a picture to look at
 
 Dimension key:  B batch   C = 4 frames   H = W = 96 pixels   D = 32 code dimensions   K = 128 codes
-                N = B * 36 code positions         (channel counts: Table 3)
+                N = B * 36 code positions         (channels: those of Table 3's counts)
 """
 import argparse
 import difflib
@@ -50,6 +50,7 @@ def encoder_trunk(in_channels, code_dim, widths):
     for c in widths:                                        # 96 -> 48 -> 24 -> 12 -> 6
         layers += [nn.Conv2d(c_in, c, 4, 2, 1, bias=False), nn.BatchNorm2d(c), nn.ReLU()]
         c_in = c
+    # Figure 2 has a ReLU after the last convolution as well; codes had better have both signs.
     return nn.Sequential(*layers, ResidualBlock(c, norm=True), ResidualBlock(c, norm=True),
                          nn.Conv2d(c, code_dim, 1, bias=False), nn.BatchNorm2d(code_dim))
 
@@ -127,8 +128,8 @@ class Codebook(nn.Module):
 #     sigmoid(l)    0.000   0.119   0.5   0.881  1.000      which is the usual mistake
 #
 # torch has it: .log_prob(x) and .mean of torch.distributions.ContinuousBernoulli(logits=l). The two
-# functions below replace them in 0.4 of the time (with gradient) and right to 1e-6 nats in float32,
-# where torch's is 0.01 off near l = 0. How stands below the VQVAE; the idea does not need it.
+# functions below replace them in 0.4 of the time (with gradient) and right to 1e-6 in float32,
+# where torch's mean and gradient are 0.002 off near l = 0. How stands below the VQVAE; skip it at first.
 
 
 def continuous_bernoulli_nll(logits, x):
@@ -204,7 +205,7 @@ class VQVAE(nn.Module):
         Only in training mode the codebook moves. weight [B,C,H,W] multiplies each pixel's -log p in
         the scalar (None: the ELBO proper), never in the parts: detached scalars, nats if not said,
           elbo            -reconstruction - kl; reconstruction: -log p(x | z), all pixels' sum
-          kl              36 log 128 = 174.67: q(z | x) is certain, the prior uniform (Section 3.4)
+          kl              36 log 128 = 174.67: p(z | x) is certain, the prior uniform (Section 3.4)
           commitment      mean of (z_e - z_q)^2 over elements, before its weight 0.25
           usage           share of the K codes in this batch; perplexity: exp(their entropy)
         """
@@ -279,8 +280,8 @@ class _ContinuousBernoulliNLL(torch.autograd.Function):
         return (_mean_minus_half(logits) + (0.5 - x)) * grad, grad_x         # mean - x
 
 
-# At x = 0 and x = 1 the density has no maximum. Atari is full of black; driving its logits to minus
-# infinity would drown all else. So they end at +-15.9, where (at 1 - 2^-23) torch.distributions'
+# At x = 0 and x = 1 the likelihood has no maximum. Atari is full of black; driving its logits to
+# minus infinity would drown all else. So they end at +-15.9, where (at 1 - 2^-23) torch.distributions'
 # probabilities end. A plain clamp has no gradient beyond: black could not learn the ball in front
 # of it. Ours leads back (at x = 0.3, l = -20: -0.237, as at the end; torch.distributions': -0.3).
 MAX_LOGIT = 15.9
