@@ -128,8 +128,8 @@ class Codebook(nn.Module):
 #     sigmoid(l)    0.000   0.119   0.5   0.881  1.000      which is the usual mistake
 #
 # torch has it: .log_prob(x) and .mean of torch.distributions.ContinuousBernoulli(logits=l). The two
-# functions below replace them in 0.4 of the time (with gradient) and right to 1e-6 in float32,
-# where torch's mean and gradient are 0.002 off near l = 0. How stands below the VQVAE; skip it at first.
+# functions below replace them in 0.4 of the time (with gradient) and right to 1e-6 in float32, where
+# torch's mean and gradient are 0.002 off near l = 0. How stands below the VQVAE, not needed here.
 
 
 def continuous_bernoulli_nll(logits, x):
@@ -281,8 +281,8 @@ class _ContinuousBernoulliNLL(torch.autograd.Function):
 
 
 # At x = 0 and x = 1 the likelihood has no maximum. Atari is full of black; driving its logits to
-# minus infinity would drown all else. So they end at +-15.9, where (at 1 - 2^-23) torch.distributions'
-# probabilities end. A plain clamp has no gradient beyond: black could not learn the ball in front
+# minus infinity would drown all else. So they end at +-15.9, as torch.distributions' probabilities
+# do (at 1 - 2^-23). A plain clamp has no gradient beyond: black could not learn the ball in front
 # of it. Ours leads back (at x = 0.3, l = -20: -0.237, as at the end; torch.distributions': -0.3).
 MAX_LOGIT = 15.9
 
