@@ -128,8 +128,8 @@ class Codebook(nn.Module):
 #     sigmoid(l)    0.000   0.119   0.5   0.881  1.000      which is the usual mistake
 #
 # torch has it: .log_prob(x) and .mean of torch.distributions.ContinuousBernoulli(logits=l). The two
-# functions below replace them in 0.4 of the time (with gradient) and right to 1e-6 in float32, where
-# torch's mean and gradient are 0.002 off near l = 0. How stands below the VQVAE, not needed here.
+# functions below replace them in 0.4 of the time (with gradient), right to 1e-6 in float32 (near
+# l = 0 torch's mean and gradient are 0.002 off). How stands below the VQVAE, not needed here.
 
 
 def continuous_bernoulli_nll(logits, x):
