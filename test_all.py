@@ -2634,10 +2634,10 @@ def test_runs_from_before_a_setting_existed(tmp_path, capsys):
     # The preset has another one by now, and the table says so.
     assert json.loads(judged(capsys, young, "--plot", tmp_path / "a.png", "--json"))[0][
         "changed"] == {"temperature": 1.0}
-    loaded = evaluate.config_from(config)
+    loaded = evaluate.config_from(config, {})
     assert loaded.temperature == 1 and not loaded.policy_memory and loaded.preset == "small"
     with pytest.raises(train.UserError, match="another version of train.py: colour, shape"):
-        evaluate.config_from(config | {"shape": 1, "colour": 2})
+        evaluate.config_from(config | {"shape": 1, "colour": 2}, {})
     for folder, colour in ((old, 1), (older, 2)):
         settings = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(settings | {"colour": colour, "hidden": 7}))
@@ -2836,7 +2836,7 @@ def saved_run(tmp_path, seed=0, checkpoint=True, **settings):
     torch.manual_seed(seed)
     folder = made_up_run(tmp_path, "Freeway", seed, [20.0, 30.0], bf16=False, vqvae_width=0.1,
                          hidden=8, policy_width=0.1, **settings)
-    config = evaluate.config_from(json.loads((folder / "config.json").read_text()))
+    config = evaluate.config_from(json.loads((folder / "config.json").read_text()), {})
     models = train.Models(config, 3)
     if checkpoint:
         (folder / "checkpoint.pt").write_bytes(train.sealed({
@@ -3743,7 +3743,7 @@ def test_settings_of_other_types_or_of_no_machine_are_refused(tmp_path):
     (tmp_path / "checkpoint.pt").write_bytes(train.sealed({"schema": train.SCHEMA}))
     assert_main_refuses("no settings at all", train.main, "--resume", tmp_path)
     with pytest.raises(train.UserError, match="another version of train.py: 1, x"):
-        evaluate.config_from({"x": 1, 1: 2})
+        evaluate.config_from({"x": 1, 1: 2}, {})
     for wrong in ({"ppo_updates": (10**400,) * 15}, {"scale": 1e300}, {"gamma": math.nan}):
         with pytest.raises(train.UserError, match="from 0 to 1e12"):
             train.check(train.Config(**wrong))

@@ -240,7 +240,8 @@ def full_precision(device):
 
 
 def to_unit(x):
-    """uint8 images 0..255 -> float32 in [0, 1], on their device; floats pass."""
+    """uint8 images 0..255 -> float32 in [0, 1], on their device; floats in [0, 1] pass."""
+    assert x.dtype == torch.uint8 or 0 <= x.min() and x.max() <= 1, "floats must be in [0, 1]"
     return x.float() / 255 if x.dtype == torch.uint8 else x
 
 
