@@ -35,6 +35,7 @@ import sys
 import time
 import traceback
 import types
+import zipfile
 
 # A process that has used a GPU can't be forked, and the tests fork.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
@@ -528,6 +529,8 @@ def test_vqvae_loss_and_its_parts():
     """Section 3.4, "Constant KL": KL is 36 log 128; usage and perplexity against direct counts."""
     vqvae, x = small_vqvae()
     loss, parts = vqvae.eval().loss(x)
+    with pytest.raises(AssertionError, match="floats must be in"):  # bytes, as floats
+        vqvae.loss(255 * torch.ones(2, 4, 96, 96))
     assert abs(parts["kl"].item() - 36 * math.log(128)) < 1e-3
     codes = vqvae.encode(x)
     pixels = continuous_bernoulli_nll(vqvae.logits(vqvae.embed(codes)), x)
@@ -2155,7 +2158,7 @@ def test_predicted_ends_reach_everything(monkeypatch):
     assert {"end_loss", "end_precision", "end_recall"} <= set(train.METRICS)
 
 
-def test_lost_lives_are_noted():
+def test_lost_lives_are_noted(monkeypatch):
     """--predict-ends: row t says whether a life was lost with a_t, also when read from disk."""
     run, _ = collected(AtariEnv("Breakout"), 0, 300, random_segment=20)
     replay, lives = AtariEnv("Breakout"), []
@@ -2173,8 +2176,17 @@ def test_lost_lives_are_noted():
     restored.add_bytes(run.buffer.to_bytes(0, 300))
     for name in restored.COLUMNS:
         assert np.array_equal(getattr(restored, name), getattr(run.buffer, name)[:300]), name
+    own = {name: getattr(restored, name) for name in restored.COLUMNS}
+    bombs = npz(**own | {"more": np.zeros(1000)}), npz(**own | {"frames": own["frames"][[0] * 301]})
+    monkeypatch.setattr(zipfile.ZipFile, "open", lambda *_, **__: pytest.fail("unpacked"))
+    for bomb in bombs:
+        with pytest.raises(ValueError, match="no experience of such a run"):
+            ExperienceBuffer(300).add_bytes(bomb)
+    monkeypatch.undo()
     for foreign in (b"", b"no archive", run.buffer.to_bytes(0, 300)[:-1], npz(frames=np.zeros(3)),
-                    npz(**{n: np.zeros(3) for n in restored.COLUMNS}), npy(np.zeros(3))):
+                    npz(**{n: np.zeros(3) for n in restored.COLUMNS}), npy(np.zeros(3)),
+                    npz(**own | {"frames": own["frames"][:, :1, :1]}),           # would spread out
+                    npz(**own | {"rewards": own["rewards"] * np.nan})):
         with pytest.raises(ValueError, match="no experience of such a run"):
             ExperienceBuffer(300).add_bytes(foreign)
 
@@ -2420,6 +2432,44 @@ def test_clear_words_for_an_unknown_game_or_device(tmp_path):
     assert_main_refuses("'meta' is not available", train.main, *start, "--device", "meta")
     assert_main_refuses("names: Pong", evaluate.main, "--random", "--game", "Pogn")
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_command_for_going_on_works_when_pasted(monkeypatch, tmp_path):
+    """Blanks, quotes, dollars; letters, or bytes, that the terminal's encoding lacks."""
+    names = ("my runs/x", "it's", 'say "hi"', "a$HOME`id`", "runs/走る/Pong", "é\\n'\"", "€1",
+             os.fsdecode(b"bad\xffbytes"))
+    commands = []
+    for encoding in ("ascii", "cp1252", "utf-8"):
+        monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BytesIO(), encoding))
+        commands += map(train.again, names)
+        "".join(commands[-len(names):]).encode(encoding)             # can be shown as it is
+    words = "\n".join(line.removeprefix("python train.py --resume") for line in commands)
+    said = subprocess.run(["bash"], input=os.fsencode(words.replace("\n", "\nprintf '%s\\0'").join(
+        ["printf '%s\\0'", ""])), stdout=subprocess.PIPE).stdout
+    assert said.split(b"\0")[:-1] == [os.fsencode(name) for name in 3 * names]
+
+
+def test_lost_output_is_said_once_on_the_other_stream(monkeypatch, capsys):
+    """Also if a stream was closed from the start, which Python shows as None."""
+    def refuse(arguments):
+        raise train.UserError("enough")
+
+    monkeypatch.setattr(train, "start", refuse)
+    for lost, other in (("stdout", "err"), ("stderr", "out")):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, lost, None)
+            with pytest.raises(SystemExit, match="enough"):
+                train.main([])
+            for _ in range(2):
+                train.say("a line", lost)
+        said = getattr(capsys.readouterr(), other)
+        assert said.startswith("warning: output is lost; the run goes on\n")
+        assert said.count("warning") == 1
+    for first in ("stdout", "stderr"):         # a terminal that went away: both are gone at once
+        for name in ("stdout", "stderr"):
+            monkeypatch.setattr(sys, name, open(os.devnull))         # takes nothing
+        train.say("a line", first)
+        assert sys.stdout is sys.stderr is None
 
 
 def test_a_foreign_checkpoint_is_refused_and_its_code_not_run(tmp_path):
@@ -2916,6 +2966,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, monkeypatch):
         (folder / "config.json").write_text(json.dumps(config | {name: value}))
         for flags in (["--episodes", "1"], ["--fidelity"]):
             assert_main_refuses("belongs to another run", evaluate.main, folder, *flags)
+        assert_main_refuses("belongs to another run", train.main, "--resume", folder)
 
 
 def test_only_regular_files_of_their_size_are_read(tmp_path, capsys):
@@ -3736,6 +3787,11 @@ def test_a_checkpoint_of_other_types_is_refused_in_one_line(tmp_path, monkeypatc
     first(state, 1).update(betas=None, amsgrad=True, eps="x")    # not taken from there
     run.restore(state)
     assert same(run.state(), good)
+    seen = ExperienceBuffer(120)
+    seen.add(np.zeros((120, 96, 96), np.uint8), np.full(120, 4), *np.zeros((3, 120)))
+    (tmp_path / "experience-01.npz").write_bytes(data := seen.to_bytes(0, 120))
+    with pytest.raises(train.UserError, match="does not fit its own settings"):     # Breakout has 4
+        run.restore(good | begun | {"shards": [hashlib.sha256(data).hexdigest()]})
 
 
 def test_settings_of_other_types_or_of_no_machine_are_refused(tmp_path):

@@ -1133,14 +1133,14 @@ def start(arguments):
     return run
 
 
-def say(text, stream="stdout", other="stderr"):
-    """Prints a line. Output that is lost (`| head -1`, a closed terminal, a full disk) does not end
-    a run: that is said once on the other stream, if there still is one."""
+def say(text, stream="stdout"):
+    """Prints a line. Lost output (`| head -1`, a closed terminal, a full disk) does not end a run:
+    that is said once on the other stream, if there still is one."""
     try:
         print(text, file=getattr(sys, stream), flush=True)
     except (OSError, ValueError):                   # ValueError: it was closed
         setattr(sys, stream, None)
-        say("warning: output is lost; the run goes on", other, stream)
+        say("warning: output is lost; the run goes on", {"stdout": "stderr"}.get(stream, "stdout"))
 
 
 def again(folder, script="train.py --resume"):
