@@ -16,20 +16,20 @@ interactions of the paper are therefore 400K frames, 1.9 hours of play.
 
 Dimension key:  B samples   L window length   n windows   N frames stored   H = W = 96 pixels
 """
+import os
+import signal
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))     # Ctrl-C: no traceback, from now on
+
 import argparse
 import contextlib
 import difflib
 import errno
 import io
 import itertools
-import os
 import pathlib
-import signal
 import stat
 import sys
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))     # Ctrl-C: no traceback, from now on
 
 import ale_py
 import gymnasium as gym

@@ -22,6 +22,10 @@ the checkpoint, draws the rest. So a run that was killed ends bit for bit as one
 Dimension key:  B batch   L = 11 observations in a window   T = 50 dreamed steps   K = 128 codes
                 M actions   N rows of the buffer
 """
+import signal
+if __name__ == "__main__":                      # Ctrl-C while torch is still being imported
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import contextlib
 import ctypes
@@ -36,12 +40,8 @@ import os
 import pathlib
 import shlex
 import shutil
-import signal
 import sys
 import time
-
-if __name__ == "__main__":                      # Ctrl-C while torch is still being imported
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import torch
