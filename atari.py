@@ -16,20 +16,20 @@ interactions of the paper are therefore 400K frames, 1.9 hours of play.
 
 Dimension key:  B samples   L window length   n windows   N frames stored   H = W = 96 pixels
 """
+import os
+import signal
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))     # Ctrl-C: no traceback, from now on
+
 import argparse
 import contextlib
 import difflib
 import errno
 import io
 import itertools
-import os
 import pathlib
-import signal
 import stat
 import sys
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))     # Ctrl-C: no traceback, from now on
 
 import ale_py
 import gymnasium as gym
@@ -248,11 +248,17 @@ class ExperienceBuffer:
 
     def add_bytes(self, data):
         """Appends the rows that `to_bytes` wrote. Raises ValueError if it did not write them."""
+        mine = [getattr(self, name) for name in self.COLUMNS]
         try:
             with np.load(io.BytesIO(data), allow_pickle=False) as file:
+                # Before it unpacks to more than there is room for; 256: their headers.
+                if (sum(member.file_size - 256 for member in file.zip.infolist())
+                        > sum(column.nbytes for column in mine)):
+                    raise TypeError
                 columns = [file[name] for name in self.COLUMNS]
-            if any(column.dtype != getattr(self, name).dtype or len(column) != len(columns[0])
-                   for name, column in zip(self.COLUMNS, columns)):
+            if not np.isfinite(columns[2]).all() or any(
+                    column.dtype != own.dtype or column.shape != (len(columns[0]), *own.shape[1:])
+                    for column, own in zip(columns, mine)):
                 raise TypeError
             self.add(*columns)
         except Exception:                                # another archive, or none at all

@@ -19,13 +19,14 @@ convolutions (Shi et al., 2015): what happens at a place depends on what was nea
 
 Dimension key:  B batch   I input channels   C hidden channels   H = W = 6 (the map)   T steps
 """
-import argparse
 import os
 import signal
-import sys
-import time
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))     # Ctrl-C: no traceback, from now on
+
+import argparse
+import sys
+import time
 
 import torch
 import torch.nn as nn

@@ -21,14 +21,15 @@ Time alignment, the same everywhere in this repository. Row t of a buffer, a bat
 Dimension key:  B batch   L observations in a window, L-1 predictions   T steps dreamed
                 K = 128 codes   D = 32 code dimensions   M actions   C = 128 hidden channels
 """
-import argparse
-import math
 import os
 import signal
-import sys
-import time
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))     # Ctrl-C: no traceback, from now on
+
+import argparse
+import math
+import sys
+import time
 
 import gymnasium as gym
 import numpy as np

@@ -181,9 +181,10 @@ def newest_checkpoint(folder):
     raise UserError("; ".join(problems) or f"{folder} holds no checkpoint to go on from")
 
 
-def config_from(state):
+def config_from(state, described):
     """The Config inside a checkpoint or a config.json; a setting younger than that has its default.
-    UserError for settings that are not ours, or not in the types that they should have.
+    UserError for settings that are not ours, not in the types that they should have, or others than
+    `described`, those in the config.json beside it.
     """
     kinds = {f.name: f.type for f in dataclasses.fields(Config)}
     odd = ["no settings at all"]
@@ -198,6 +199,10 @@ def config_from(state):
         parts = value if type(value) is tuple else ()
         if type(value) not in kind or any(type(v) not in (int, float) for v in parts):
             raise UserError(f"{name} = {value!r} is no {kinds[name].__name__}: damaged settings")
+        own = list(value) if type(value) is tuple else value            # as JSON has it
+        if name not in ("out", *MAY_CHANGE) and described.get(name, own) != own:
+            raise UserError(f"the checkpoint belongs to another run than config.json beside it: "
+                            f"{name} is {own}, not {described[name]}")
     return Config(**state)
 
 
@@ -227,12 +232,7 @@ def load_models(folder, device):
     state = unsealed(where) if where.name == MODEL else newest_checkpoint(folder)
     try:
         # Judging needs no compiler, and may happen on another device.
-        config = config_from(state["config"] | {"device": device, "compile": False})
-        own = json.loads(json.dumps(dataclasses.asdict(config)))     # tuples become lists
-        for name, value in own.items():
-            if name not in ("out", *MAY_CHANGE) and described.get(name, value) != value:
-                raise UserError(f"belongs to another run than the config.json beside it: "
-                                f"{name} is {value}, not {described[name]}")
+        config = config_from(state["config"] | {"device": device, "compile": False}, described)
         check(config)
         models = Models(config, AtariEnv(config.game).num_actions)
         for name, network in models.networks().items():

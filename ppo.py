@@ -18,17 +18,18 @@ Time alignment, row t of a rollout:
 
 Dimension key:  T steps   B parallel worlds   N = T * B samples, or a minibatch of them   M actions
 """
+import os
+import signal
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))     # Ctrl-C: no traceback, from now on
+
 import argparse
 import csv
 import difflib
 import json
-import os
 import pathlib
-import signal
 import sys
 import time
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))     # Ctrl-C: no traceback, from now on
 
 import gymnasium as gym
 import numpy as np

@@ -36,6 +36,7 @@ import sys
 import tempfile
 import time
 import types
+import zipfile
 
 # A process that has used a GPU can't be forked, and the tests fork.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
@@ -526,6 +527,8 @@ def test_vqvae_loss_and_its_parts():
     """Section 3.4, "Constant KL": KL is 36 log 128; usage and perplexity against direct counts."""
     vqvae, x = small_vqvae()
     loss, parts = vqvae.eval().loss(x)
+    with pytest.raises(AssertionError, match="floats must be in"):  # bytes, as floats
+        vqvae.loss(255 * torch.ones(2, 4, 96, 96))
     assert abs(parts["kl"].item() - 36 * math.log(128)) < 1e-3
     codes = vqvae.encode(x)
     pixels = continuous_bernoulli_nll(vqvae.logits(vqvae.embed(codes)), x)
@@ -693,10 +696,8 @@ def test_a_demo_is_not_ended_by_surroundings(tmp_path):
 
 def test_ctrl_c_ends_a_demo_from_its_first_moment(tmp_path):
     """While it imports, too: exit status 130 and nothing on stderr."""
-    for name in ("torch", "ale_py", "gymnasium"):
-        (tmp_path / f"{name}.py").write_text("import os, signal, time\n"
-                                             "os.kill(os.getpid(), signal.SIGINT)\n"
-                                             "time.sleep(60)\n")
+    (tmp_path / "argparse.py").write_text("import os, signal, time\n"       # imported first
+                                          "os.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n")
     for name in ("atari", "vqvae", "convlstm", "dynamics", "ppo"):
         shutil.copy(HERE / f"{name}.py", tmp_path)
         status, _, lines = command(tmp_path / f"{name}.py")
@@ -2076,7 +2077,7 @@ def test_predicted_ends_reach_everything(monkeypatch):
     assert {"end_loss", "end_precision", "end_recall"} <= set(train.METRICS)
 
 
-def test_lost_lives_are_noted():
+def test_lost_lives_are_noted(monkeypatch):
     """--predict-ends: row t says whether a life was lost with a_t, also when read from disk."""
     run, _ = collected(AtariEnv("Breakout"), 0, 300, random_segment=20)
     replay, lives = AtariEnv("Breakout"), []
@@ -2094,9 +2095,19 @@ def test_lost_lives_are_noted():
     restored.add_bytes(run.buffer.to_bytes(0, 300))
     for name in restored.COLUMNS:
         assert np.array_equal(getattr(restored, name), getattr(run.buffer, name)[:300]), name
+    own = {name: getattr(restored, name) for name in restored.COLUMNS}
+    bombs = [written(np.savez, **own | more) for more in (
+        {"more": np.zeros(1000)}, {"frames": own["frames"][[0] * 301]})]
+    monkeypatch.setattr(zipfile.ZipFile, "open", lambda *_, **__: pytest.fail("unpacked"))
+    for bomb in bombs:
+        with pytest.raises(ValueError, match="no experience of such a run"):
+            ExperienceBuffer(300).add_bytes(bomb)
+    monkeypatch.undo()
     for foreign in (b"", b"no archive", run.buffer.to_bytes(0, 300)[:-1],
                     written(np.savez, frames=np.zeros(3)), written(np.save, np.zeros(3)),
-                    written(np.savez, **{n: np.zeros(3) for n in restored.COLUMNS})):
+                    written(np.savez, **{n: np.zeros(3) for n in restored.COLUMNS}),
+                    written(np.savez, **own | {"frames": own["frames"][:, :1, :1]}),      # would spread
+                    written(np.savez, **own | {"rewards": own["rewards"] * np.nan})):
         with pytest.raises(ValueError, match="no experience of such a run"):
             ExperienceBuffer(300).add_bytes(foreign)
 
@@ -2363,6 +2374,44 @@ def test_clear_words_for_an_unknown_game_or_device(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def test_the_command_for_going_on_works_when_pasted(monkeypatch, tmp_path):
+    """Blanks, quotes, dollars; letters, or bytes, that the terminal's encoding lacks."""
+    names = ("my runs/x", "it's", 'say "hi"', "a$HOME`id`", "runs/走る/Pong", "é\\n'\"", "€1",
+             os.fsdecode(b"bad\xffbytes"))
+    commands = []
+    for encoding in ("ascii", "cp1252", "utf-8"):
+        monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BytesIO(), encoding))
+        commands += map(train.again, names)
+        "".join(commands[-len(names):]).encode(encoding)             # can be shown as it is
+    words = "\n".join(line.removeprefix("python train.py --resume") for line in commands)
+    said = subprocess.run(["bash"], input=os.fsencode(words.replace("\n", "\nprintf '%s\\0'").join(
+        ["printf '%s\\0'", ""])), stdout=subprocess.PIPE).stdout
+    assert said.split(b"\0")[:-1] == [os.fsencode(name) for name in 3 * names]
+
+
+def test_lost_output_is_said_once_on_the_other_stream(monkeypatch, capsys):
+    """Also if a stream was closed from the start, which Python shows as None."""
+    def refuse(arguments):
+        raise train.UserError("enough")
+
+    monkeypatch.setattr(train, "start", refuse)
+    for lost, other in (("stdout", "err"), ("stderr", "out")):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, lost, None)
+            with pytest.raises(SystemExit, match="enough"):
+                train.main([])
+            for _ in range(2):
+                train.say("a line", lost)
+        said = getattr(capsys.readouterr(), other)
+        assert said.startswith("warning: output is lost; the run goes on\n")
+        assert said.count("warning") == 1
+    for first in ("stdout", "stderr"):         # a terminal that went away: both are gone at once
+        for name in ("stdout", "stderr"):
+            monkeypatch.setattr(sys, name, open(os.devnull))         # takes nothing
+        train.say("a line", first)
+        assert sys.stdout is sys.stderr is None
+
+
 def test_a_foreign_checkpoint_is_refused_and_its_code_not_run(tmp_path):
     """Checkpoints load with weights_only=True; anything else there is one clear line."""
     path, trap = tmp_path / "checkpoint.pt", tmp_path / "trap"
@@ -2581,10 +2630,10 @@ def test_runs_from_before_a_setting_existed(tmp_path, capsys):
     # The preset has another one by now, and the table says so.
     assert json.loads(judged(capsys, young, "--plot", tmp_path / "a.png", "--json"))[0][
         "changed"] == {"temperature": 1.0}
-    loaded = evaluate.config_from(config)
+    loaded = evaluate.config_from(config, {})
     assert loaded.temperature == 1 and not loaded.policy_memory and loaded.preset == "small"
     with pytest.raises(train.UserError, match="another version of train.py: colour, shape"):
-        evaluate.config_from(config | {"shape": 1, "colour": 2})
+        evaluate.config_from(config | {"shape": 1, "colour": 2}, {})
     for folder, colour in ((old, 1), (older, 2)):
         settings = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(settings | {"colour": colour, "hidden": 7}))
@@ -2781,7 +2830,7 @@ def saved_run(tmp_path, seed=0, checkpoint=True, **settings):
     torch.manual_seed(seed)
     folder = made_up_run(tmp_path, "Freeway", seed, [20.0, 30.0], bf16=False, vqvae_width=0.1,
                          hidden=8, policy_width=0.1, **settings)
-    config = evaluate.config_from(json.loads((folder / "config.json").read_text()))
+    config = evaluate.config_from(json.loads((folder / "config.json").read_text()), {})
     models = train.Models(config, 3)
     if checkpoint:
         (folder / "checkpoint.pt").write_bytes(train.sealed({
@@ -2859,6 +2908,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, monkeypatch):
         (folder / "config.json").write_text(json.dumps(config | {name: value}))
         for flags in (["--episodes", "1"], ["--fidelity"]):
             assert_main_refuses("belongs to another run", evaluate.main, folder, *flags)
+        assert_main_refuses("belongs to another run", train.main, "--resume", folder)
 
 
 def test_only_regular_files_of_their_size_are_read(tmp_path, capsys):
@@ -3674,6 +3724,11 @@ def test_a_checkpoint_of_other_types_is_refused_in_one_line(tmp_path, monkeypatc
     first(state, 1).update(betas=None, amsgrad=True, eps="x")    # not taken from there
     run.restore(state)
     assert same(run.state(), good)
+    seen = ExperienceBuffer(120)
+    seen.add(np.zeros((120, 96, 96), np.uint8), np.full(120, 4), *np.zeros((3, 120)))
+    (tmp_path / "experience-01.npz").write_bytes(data := seen.to_bytes(0, 120))
+    with pytest.raises(train.UserError, match="does not fit its own settings"):     # Breakout has 4
+        run.restore(good | begun | {"shards": [hashlib.sha256(data).hexdigest()]})
 
 
 def test_settings_of_other_types_or_of_no_machine_are_refused(tmp_path):
@@ -3681,7 +3736,7 @@ def test_settings_of_other_types_or_of_no_machine_are_refused(tmp_path):
     (tmp_path / "checkpoint.pt").write_bytes(train.sealed({"schema": train.SCHEMA}))
     assert_main_refuses("no settings at all", train.main, "--resume", tmp_path)
     with pytest.raises(train.UserError, match="another version of train.py: 1, x"):
-        evaluate.config_from({"x": 1, 1: 2})
+        evaluate.config_from({"x": 1, 1: 2}, {})
     for wrong in ({"ppo_updates": (10**400,) * 15}, {"scale": 1e300}, {"gamma": math.nan}):
         with pytest.raises(train.UserError, match="from 0 to 1e12"):
             train.check(train.Config(**wrong))

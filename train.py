@@ -22,26 +22,26 @@ the checkpoint, draws the rest. So a run that was killed ends bit for bit as one
 Dimension key:  B batch   L = 11 observations in a window   T = 50 dreamed steps   K = 128 codes
                 M actions   N rows of the buffer
 """
+import signal
+if __name__ == "__main__":                      # Ctrl-C while torch is still being imported
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import contextlib
 import ctypes
 import dataclasses
+import errno
 import functools
 import hashlib
 import io
 import itertools
-import errno
 import json
 import os
 import pathlib
 import shlex
 import shutil
-import signal
 import sys
 import time
-
-if __name__ == "__main__":                      # Ctrl-C while torch is still being imported
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import torch
@@ -898,6 +898,7 @@ class Run:
             if hashlib.sha256(data).hexdigest() != self.shards[i]:
                 raise UserError(f"{path} was altered: its SHA-256 is not the one in the checkpoint")
             self.buffer.add_bytes(data)
+        fits &= bool(self.buffer.actions.max() < self.env.num_actions)
         if not fits or len(self.buffer) != sum(work(self.config, i)["collect"] for i in rounds):
             raise UserError(f"{self.folder}: the checkpoint does not fit its own settings")
 
@@ -999,8 +1000,7 @@ def check(c):
         if name in ("vqvae_share", "teacher", "gamma", "lam", "explore") and value > 1:
             raise UserError(f"--{name} must be from 0 to 1, not {value}")
         if name in ("world_model_epochs", "ppo_updates") and len(value) != c.iterations:
-            raise UserError(f"--{name} needs one number per iteration: {c.iterations}, "
-                            f"not {len(value)}")
+            raise UserError(f"--{name} needs {c.iterations} numbers, one a round, not {len(value)}")
     if c.seed >= 2**31 or c.window < 2 or c.minibatch < 2:
         raise UserError("--seed must be less than 2**31, --window and --minibatch 2 or more")
     need = max(c.window * (c.dynamics_batch + 1), c.warmup_batch)
@@ -1028,8 +1028,7 @@ def check(c):
 
 
 def parse(arguments):
-    """Command line -> namespace of what was given explicitly."""
-    # Flags may be written with hyphens or underscores.
+    """Command line (hyphens or underscores) -> namespace of what was given explicitly."""
     split = [a.partition("=") for a in (sys.argv[1:] if arguments is None else arguments)]
     arguments = ["--" + flag[2:].replace("-", "_") + equals + value if flag.startswith("--")
                  else flag + equals + value for flag, equals, value in split]
@@ -1095,7 +1094,7 @@ def resume_settings(config, given, override):
 
 def start(arguments):
     """Command line -> a Run, new or resumed, with its folder locked."""
-    from evaluate import config_from, newest_checkpoint
+    from evaluate import config_from, newest_checkpoint, read_config
     given = vars(parse(arguments))
     folder, override, state = given.pop("resume"), given.pop("override"), None
     if folder is None:
@@ -1106,14 +1105,13 @@ def start(arguments):
                             f"(or choose another --out or --seed, or delete it)")
     else:
         folder = pathlib.Path(folder)
-        if not folder.is_dir():
-            raise UserError(f"there is no run folder {folder}")
-        if any(folder.glob("checkpoint*.pt")) or not (folder / "config.json").exists():
+        bare = folder.is_dir() and not (folder / "config.json").exists()
+        described = {} if bare else read_config(folder)
+        if any(folder.glob("checkpoint*.pt")) or not described:
             state = newest_checkpoint(folder)
-        saved = state.get("config") if state else json.loads(read_regular(folder / "config.json"))
-        config = resume_settings(config_from(saved), given, override)
-    # Without a checkpoint there must be nothing to lose: no more than is left of a run that was
-    # killed before its first save.
+        config = config_from(state.get("config") if state else described, described)
+        config = resume_settings(config, given, override)
+    # Without a checkpoint nothing to lose: only what a kill before the first save leaves.
     others = sorted(path.name for path in folder.glob("*") if path.suffix != ".tmp"
                     and path.name not in ("config.json", "lock"))
     if state is None and others:
@@ -1136,24 +1134,27 @@ def start(arguments):
     return run
 
 
-def say(text, stream="stdout", other="stderr"):
-    """Prints a line. Output that is lost (`| head -1`, a closed terminal, a full disk) does not end
-    a run: that is said once on the other stream, if there still is one."""
+def say(text, stream="stdout"):
+    """Prints a line. Output lost (`| head -1`, a full disk) ends no run: the other stream says so."""
     try:
         print(text, file=getattr(sys, stream), flush=True)
     except (OSError, ValueError):                   # ValueError: it was closed
         setattr(sys, stream, None)
-        say("warning: output is lost; the run goes on", other, stream)
+        say("warning: output is lost; the run goes on", {"stdout": "stderr"}.get(stream, "stdout"))
 
 
-def again(folder):
-    """The command that goes on with a run, ready to be pasted."""
-    return f"python train.py --resume {shlex.quote(str(folder))}"
+def again(folder, script="train.py --resume"):
+    """A command to be pasted into a shell, with bytes for letters that the terminal lacks."""
+    text, encoding = str(folder), getattr(sys.stderr, "encoding", None) or "utf-8"
+    if text != text.encode(encoding, "ignore").decode(encoding):
+        return f"python {script} $'" + repr(b'"' + os.fsencode(text))[3:]   # ": repr quotes with '
+    return f"python {script} {shlex.quote(text)}"
 
 
 def main(arguments=None):
     keep_freed_memory()
-    for stream in (sys.stdout, sys.stderr):         # what they can't show is escaped
+    sys.stdout, sys.stderr = sys.stdout or open(os.devnull), sys.stderr or open(os.devnull)
+    for stream in (sys.stdout, sys.stderr):         # closed: takes nothing; odd letters are escaped
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors="backslashreplace")
     try:
@@ -1183,7 +1184,7 @@ def main(arguments=None):
                 run.save()
         if not run.saved:
             raise UserError(f"full disk, the last save failed; make room, then {again(run.folder)}")
-        say(f"done: python evaluate.py {shlex.quote(str(run.folder))}")
+        say(f"done: {again(run.folder, 'evaluate.py')}")
     except (UserError, ValueError) as error:
         sys.exit(f"error: {error}")
     except OSError as error:                        # a name too long, no permission
@@ -1191,8 +1192,7 @@ def main(arguments=None):
     except KeyboardInterrupt:                       # before there was anything to save
         sys.exit(130)
     except (torch.OutOfMemoryError, MemoryError):
-        sys.exit("error: out of memory; "
-                 "lower --warmup_batch, --dynamics_batch, --dreams or --minibatch")
+        sys.exit("error: out of memory; lower --warmup_batch, --dynamics_batch or --minibatch")
 
 
 if __name__ == "__main__":

@@ -15,14 +15,15 @@ see nothing else. Look at the reconstruction before anything else.
 Dimension key:  B batch   C = 4 frames   H = W = 96 pixels   D = 32 code dimensions   K = 128 codes
                 N = B * 36 code positions         (channels: those of Table 3's counts)
 """
+import os
+import signal
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))     # Ctrl-C: no traceback, from now on
+
 import argparse
 import difflib
 import math
-import os
-import signal
 import sys
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))     # Ctrl-C: no traceback, from now on
 
 import torch
 import torch.nn as nn
