@@ -527,8 +527,9 @@ def test_vqvae_loss_and_its_parts():
     """Section 3.4, "Constant KL": KL is 36 log 128; usage and perplexity against direct counts."""
     vqvae, x = small_vqvae()
     loss, parts = vqvae.eval().loss(x)
-    with pytest.raises(AssertionError, match="floats must be in"):  # bytes, as floats
-        vqvae.loss(255 * torch.ones(2, 4, 96, 96))
+    for numbers in (255.0, -0.1):              # bytes, as floats
+        with pytest.raises(AssertionError, match="floats must be in"):
+            vqvae.loss(torch.full((2, 4, 96, 96), numbers))
     assert abs(parts["kl"].item() - 36 * math.log(128)) < 1e-3
     codes = vqvae.encode(x)
     pixels = continuous_bernoulli_nll(vqvae.logits(vqvae.embed(codes)), x)
@@ -2106,7 +2107,7 @@ def test_lost_lives_are_noted(monkeypatch):
     for foreign in (b"", b"no archive", run.buffer.to_bytes(0, 300)[:-1],
                     written(np.savez, frames=np.zeros(3)), written(np.save, np.zeros(3)),
                     written(np.savez, **{n: np.zeros(3) for n in restored.COLUMNS}),
-                    written(np.savez, **own | {"frames": own["frames"][:, :1, :1]}),      # would spread
+                    written(np.savez, **own | {"frames": own["frames"][:, :1, :1]}),    # would spread
                     written(np.savez, **own | {"rewards": own["rewards"] * np.nan})):
         with pytest.raises(ValueError, match="no experience of such a run"):
             ExperienceBuffer(300).add_bytes(foreign)

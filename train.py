@@ -1135,7 +1135,7 @@ def start(arguments):
 
 
 def say(text, stream="stdout"):
-    """Prints a line. Output lost (`| head -1`, a full disk) ends no run: the other stream says so."""
+    """Prints a line. Lost output (`| head -1`) is told once on the other stream and ends no run."""
     try:
         print(text, file=getattr(sys, stream), flush=True)
     except (OSError, ValueError):                   # ValueError: it was closed

@@ -210,6 +210,8 @@ class VQVAE(nn.Module):
           commitment      mean of (z_e - z_q)^2 over elements, before its weight 0.25
           usage           share of the K codes in this batch; perplexity: exp(their entropy)
         """
+        assert x.dtype == torch.uint8 or x.is_cuda or 0 <= x.min() and x.max() <= 1, \
+            "floats must be in [0, 1]"                      # (a look at CUDA's would wait for it)
         x = to_unit(x)
         z_e = self.features(x)                                                   # [B, D, 6, 6]
         codes, flat = self.quantise(z_e)
