@@ -2107,7 +2107,7 @@ def test_lost_lives_are_noted(monkeypatch):
     for foreign in (b"", b"no archive", run.buffer.to_bytes(0, 300)[:-1],
                     written(np.savez, frames=np.zeros(3)), written(np.save, np.zeros(3)),
                     written(np.savez, **{n: np.zeros(3) for n in restored.COLUMNS}),
-                    written(np.savez, **own | {"frames": own["frames"][:, :1, :1]}),    # would spread
+                    written(np.savez, **own | {"frames": own["frames"][:, :1, :1]}),
                     written(np.savez, **own | {"rewards": own["rewards"] * np.nan})):
         with pytest.raises(ValueError, match="no experience of such a run"):
             ExperienceBuffer(300).add_bytes(foreign)
