@@ -213,8 +213,8 @@ def export_model(args):
                        for key, value in network.state_dict().items()}
                 for name, network in models.networks().items()}
     write_atomically(args.export, sealed({
-        "schema": SCHEMA, "config": dataclasses.asdict(config), "networks": networks,
-        "rows": [{"interactions": interactions}]}))
+        "schema": SCHEMA, "networks": networks, "rows": [{"interactions": interactions}],
+        "config": dataclasses.asdict(dataclasses.replace(config, out="runs"))}))   # no path of ours
     print(f"saved {args.export}", file=sys.stderr)
 
 
@@ -828,7 +828,7 @@ def show_sweep(args):
 # Pictures: the dream beside the real game, the policy beside what it sees, a run in training
 # --------------------------------------------------------------------------------------------------
 
-SIDE = 192                                      # pixels of a panel: each of the game's twice
+SIDE = 288                                      # pixels of a panel: each of the game's three times
 
 
 def panel(image):
