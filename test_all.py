@@ -1513,7 +1513,8 @@ def test_the_paper_preset_is_the_paper():
         dynamics_lr=5e-4, dynamics_lr_end=5e-4, reward_lr=1e-3, reward_weight=1e-6, dreams=16,
         dream_steps=50, ppo_epochs=4, minibatch=256, gamma=0.99, lam=0.95, clip=0.1,
         entropy_coef=0.01, policy_lr=2.5e-4, dream_context=0, collect_temperature=1.5,
-        temperature=1.0, explore=0, random_segment=0, vqvae_width=1.0, policy_width=1.0)
+        temperature=1.0, explore=0, random_segment=0, vqvae_width=1.0, policy_width=1.0,
+        commitment=0.25, vqvae_batch=40)
     assert {name: getattr(config, name) for name in said} == said
     fixed = {p.name: p.default for f in (ppo_loss, ppo_update, VQVAE.__init__)
              for p in inspect.signature(f).parameters.values()}

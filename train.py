@@ -91,6 +91,7 @@ class Config:
 
     # Observation model (Section 3.3, "Latent Representations")
     vqvae_width: float = setting(1.0, "channels of encoder and decoder, times (paper, Table 3)")
+    commitment: float = setting(0.25, "weight of the commitment loss (released)")
     vqvae_lr: float = setting(1e-4, "Adam's learning rate after the warm-up (released)")
     warmup_lr: float = setting(1e-3, "learning rate in the warm-up, 'higher' (paper 3.4; released)")
     warmup_lr_end: float = setting(1e-3, "warm-up's learning rate falls to this, linearly (ours)")
@@ -149,10 +150,9 @@ PRESETS = {
     "paper": {},
     "small": dict(
         random_segment=128, explore=0.03,
-        vqvae_width=0.5, warmup_epochs=7, warmup_batch=12, warmup_lr_end=1e-4, foreground=40,
-        vqvae_every=1, vqvae_share=0.15, vqvae_batch=16,
-        hidden=32, dynamics_batch=16, dynamics_lr=3e-3, dynamics_lr_end=2e-4, teacher=0.5,
-        predict_ends=True, world_model_epochs=(
+        vqvae_width=0.5, commitment=50, warmup_epochs=7, warmup_batch=12, warmup_lr_end=1e-4,
+        foreground=40, vqvae_every=1, vqvae_share=0.15, hidden=32, dynamics_batch=16,
+        dynamics_lr=3e-3, dynamics_lr_end=2e-4, teacher=0.5, predict_ends=True, world_model_epochs=(
             33, 4.62, 3.44, 2.75, 2.31, 1.94, 1.72, 1.53, 1.38, 1.25, 1.15, 1.06, 0.98, 0.92, 0.86),
         policy_width=0.25, dreams=64, dream_context=3, temperature=0.5,
         ppo_updates=(100,) * 15, policy_lr=4e-4, minibatch=800, eval_episodes=4),
@@ -360,7 +360,7 @@ class Models:
             torch.cuda.is_bf16_supported(including_emulation=False) if self.device.type == "cuda"
             else self.device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())
         with self.device:
-            self.vqvae = VQVAE(width=config.vqvae_width)
+            self.vqvae = VQVAE(width=config.vqvae_width, commitment=config.commitment)
             self.dynamics = Dynamics(num_actions, hidden=config.hidden,
                                      predict_ends=config.predict_ends)
             self.policy = ActorCritic(num_actions, width=config.policy_width,
