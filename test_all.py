@@ -1520,6 +1520,7 @@ def test_the_paper_preset_is_the_paper():
              for p in inspect.signature(f).parameters.values()}
     said = dict(value_clip=0.1, value_coef=0.5, max_grad_norm=0.5, commitment=0.25)
     assert {name: fixed[name] for name in said} == said
+    assert tiny_models(commitment=7.0).vqvae.commitment == 7
     assert len(dataclasses.fields(config)) <= 55
     assert all(f.metadata["help"] for f in dataclasses.fields(config))
 
