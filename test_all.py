@@ -65,7 +65,7 @@ from convlstm import ConvLSTMCell
 from dynamics import Dynamics, DreamEnv, dream, open_loop, reward_class, sample
 from ppo import ActorCritic, gae, ppo_loss, ppo_update
 from vqvae import (MAX_LOGIT, VQVAE, Codebook, continuous_bernoulli_mean, continuous_bernoulli_nll,
-                   foreground_error, is_foreground)
+                   foreground_error)
 
 HERE = pathlib.Path(__file__).resolve().parent
 torch.set_num_threads(1)                       # for networks this small, threads only wait
@@ -549,14 +549,20 @@ def test_vqvae_loss_and_its_parts():
     assert parts["perplexity"].item() == pytest.approx(perplexity, rel=1e-4)
 
 
-def test_foreground_weighs_more():
-    """vqvae.py, is_foreground, pixel by pixel."""
-    x = torch.full((2, 4, 3, 3), 100, dtype=torch.uint8)
+def test_foreground_weighs_more(monkeypatch):
+    """vqvae.py, is_foreground, and the weight that train.py's update makes of it, by pixel."""
+    x = torch.full((2, 4, 96, 96), 100, dtype=torch.uint8)
     x[0, 2, 1, 1], x[1, 3, 0, 2], x[1, 0, 2, 2] = 111, 89, 110      # the last is too close to 100
-    weight = 1 + 5.0 * is_foreground(x, torch.full((3, 3), 100, dtype=torch.uint8))
-    for b, c, i, j in np.ndindex(2, 4, 3, 3):
-        moves = (b, c, i, j) in ((0, 2, 1, 1), (1, 3, 0, 2))
-        assert weight[b, c, i, j] == (6.0 if moves else 1.0)
+    models, seen = tiny_models(), []
+    models.background.fill_(100)
+    loss = models.vqvae.loss
+    monkeypatch.setattr(models.vqvae, "loss", lambda x, weight: seen.append(weight)
+                        or loss(x, weight))
+    models.vqvae_update(x, models.scalar(5.0))
+    models.vqvae_update(x)
+    expected = torch.ones(x.shape)
+    expected[0, 2, 1, 1] = expected[1, 3, 0, 2] = 6
+    assert torch.equal(seen[0], expected) and seen[1] is None
 
 
 def test_foreground_error_is_one_for_the_background_and_zero_for_perfect():
@@ -1719,6 +1725,18 @@ def test_the_world_model_learns_on_new_windows_the_vqvae_in_every_third_step(mon
                for a, b in ((0, 1), (1, 2)))
 
 
+def test_the_vqvae_stands_still_after_its_share_of_a_round(monkeypatch):
+    """train.py, vqvae_share: from then on the dynamics gets codes instead of observations."""
+    models, said = tiny_models(first_interactions=121, iterations=1, world_model_epochs=(3,),
+                               window=6, dynamics_batch=4, vqvae_every=1, vqvae_share=0.5), []
+    for name in ("vqvae_update", "world_model_update"):
+        monkeypatch.setattr(models, name, lambda x, *_: said.append(x.ndim)
+                            or {"code_loss": torch.zeros(())})
+    monkeypatch.setattr(evaluate, "world_model_picture", lambda run: 0.5)
+    train.learn_world_model(a_run("world_model", models=models, buffer=noise(121)))
+    assert said == [4, 5] * 6 + [4] * 6        # a VQ-VAE's batch has four dimensions, so have codes
+
+
 def test_the_policy_dreams_from_anywhere_and_knows_the_codes_of_today(monkeypatch):
     """Section 3.4, "randomly selecting the initial observation": of all rounds, others each time;
     where the VQ-VAE stands still its codes are computed once a round, after it has moved."""
@@ -2837,7 +2855,8 @@ def saved_run(tmp_path, seed=0, checkpoint=True, **settings):
     models = train.Models(config, 3)
     if checkpoint:
         (folder / "checkpoint.pt").write_bytes(train.sealed({
-            "schema": train.SCHEMA, "config": dataclasses.asdict(config) | {"device": "cuda"},
+            "schema": train.SCHEMA, "config": dataclasses.asdict(config) | {
+                "device": "cuda", "out": str(tmp_path)},
             "rows": [{"interactions": 700}], "networks": {
                 name: network.state_dict() for name, network in models.networks().items()}}))
     return folder, models
@@ -2871,6 +2890,7 @@ def test_a_model_to_keep(tmp_path, capsys, monkeypatch):
     assert whole[-32:] == hashlib.sha256(whole[:-32]).digest()
     state = torch.load(io.BytesIO(whole), weights_only=True)
     assert set(state) == {"schema", "config", "rows", "networks"}
+    assert state["config"]["out"] == "runs"    # not where the user keeps things
     assert {t.dtype for network in state["networks"].values() for t in network.values()
             } == {torch.bfloat16, torch.int64}
     loaded, config, interactions = evaluate.load_models(folder, "cpu")
