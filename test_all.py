@@ -1726,14 +1726,20 @@ def test_the_world_model_learns_on_new_windows_the_vqvae_in_every_third_step(mon
 
 
 def test_the_vqvae_stands_still_after_its_share_of_a_round(monkeypatch):
-    """train.py, vqvae_share: from then on the dynamics gets codes instead of observations."""
+    """train.py, vqvae_share: from then on the dynamics gets codes instead of observations. Until
+    then the VQ-VAE's are drawn from all experience, others each time."""
     models, said = tiny_models(first_interactions=121, iterations=1, world_model_epochs=(3,),
                                window=6, dynamics_batch=4, vqvae_every=1, vqvae_share=0.5), []
     for name in ("vqvae_update", "world_model_update"):
         monkeypatch.setattr(models, name, lambda x, *_: said.append(x.ndim)
                             or {"code_loss": torch.zeros(())})
     monkeypatch.setattr(evaluate, "world_model_picture", lambda run: 0.5)
+    observations, rows = models.observations, []
+    monkeypatch.setattr(models, "observations", lambda b, r: rows.append(r) or observations(b, r))
     train.learn_world_model(a_run("world_model", models=models, buffer=noise(121)))
+    drawn = np.array([r for r in rows if len(r) == models.config.vqvae_batch])
+    assert drawn.shape == (6, 40) and drawn.min() < 10 and drawn.max() > 110
+    assert len({tuple(r) for r in drawn}) == 6
     assert said == [4, 5] * 6 + [4] * 6        # a VQ-VAE's batch has four dimensions, so have codes
 
 
