@@ -3657,6 +3657,7 @@ def test_signals_save_and_say_how_to_go_on(tmp_path, whole):
     """Ctrl-C and SIGTERM: finish the update, save, print the command, exit 130 and 143."""
     for number, expected in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         def interrupt():
+            signal.signal(number, signal.SIG_DFL)      # a shell's background job ignores Ctrl-C
             original = train.Run.add
 
             def add(run, parts, update):
